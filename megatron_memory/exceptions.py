@@ -1,0 +1,13 @@
+"""The errors that a user can mend. Each message names the flag or file, the value and the mend."""
+
+
+class ConfigurationError(ValueError):
+    """A flag, a key of the configuration file, or a combination of them cannot work."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, incomplete, or belongs to another model."""
+
+
+class DataError(RuntimeError):
+    """A data file or tokenizer is missing, damaged, or does not fit the model."""
