@@ -1,0 +1,52 @@
+"""The public call. Axes: T tokens, H heads, N half-keys, K slots chosen a head."""
+
+import torch
+from torch import Tensor
+
+from memory_kernels.product_key.torch_ops import half_scores, select_slots
+
+
+def product_key_topk(
+    query: Tensor, keys: Tensor, k: int, *, normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The k best of N * N product keys for each head, with their weights.
+
+    The key of slot i * N + j is the concatenation of half-keys i and j, so its score is the sum of two
+    half scores and the full keys are never built. Scores are computed in fp32. Differentiable in query and
+    keys. Product keys: Lample et al. 2019, section 3.2; heads as in "Memory Layers at Scale".
+
+    Args:
+        query: [T, H, Dk].
+        keys: [H, 2, N, Dk / 2].
+        k: slots a head, 1 <= k <= N.
+        normalize: softmax the scores over each head's k slots; False returns the scores.
+
+    Returns:
+        indices [T, H, K] (int32 where N * N fits, else int64) and weights or scores [T, H, K] in fp32,
+        best first; of equal scores, the lower index first.
+
+    Raises:
+        ValueError: shapes that do not fit together, or k out of range.
+    """
+    _check(query, keys, k)
+    num_half_keys = keys.shape[2]
+    scores = half_scores(query, keys)
+    i, j = select_slots(scores.detach(), k)
+    chosen = scores[0].gather(-1, i) + scores[1].gather(-1, j)
+    index_dtype = torch.int32 if num_half_keys**2 < 2**31 else torch.int64
+    indices = (i * num_half_keys + j).to(index_dtype).transpose(0, 1).contiguous()
+    chosen = chosen.transpose(0, 1)
+    return indices, chosen.softmax(dim=-1) if normalize else chosen
+
+
+def _check(query: Tensor, keys: Tensor, k: int) -> None:
+    if query.dim() != 3:
+        raise ValueError(f"query: [T, H, Dk] wanted, got {list(query.shape)}")
+    num_heads, key_dim = query.shape[1:]
+    if keys.dim() != 4 or keys.shape[:2] != (num_heads, 2) or 2 * keys.shape[3] != key_dim:
+        raise ValueError(
+            f"keys: [H, 2, N, Dk / 2] = [{num_heads}, 2, N, {key_dim / 2:g}] wanted, got "
+            f"{list(keys.shape)}"
+        )
+    if not 1 <= k <= keys.shape[2]:
+        raise ValueError(f"k: 1 to the {keys.shape[2]} half-keys wanted, got {k}")
