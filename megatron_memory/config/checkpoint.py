@@ -1,0 +1,43 @@
+"""Saving and loading."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_memory.config.option import option
+
+_CONVERT = (
+    "checkpoints are read and written as torch_dist only; convert it with Megatron-LM's tools"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where checkpoints are, how often they are written, and what they hold."""
+
+    save: str | None = None
+    """Directory to write checkpoints to. None: nothing is saved."""
+    load: str | None = None
+    """Directory to take the newest checkpoint from."""
+    save_interval: int | None = option(None, at_least=1, synonyms=("persistent_save_interval",))
+    """Iterations between two checkpoints. Without it: only when the training ends or is stopped."""
+    keep_last: int | None = option(None, at_least=1)
+    """Delete all but this many newest checkpoints. None: keep all."""
+    async_save: bool = False
+    """Write checkpoints in the background while the training goes on."""
+    no_save_optim: bool = False
+    """Leave the optimizer's state out of checkpoints."""
+    no_save_rng: bool = False
+    """Leave the random-number generators' state out of checkpoints."""
+    no_load_optim: bool = False
+    """Do not load the optimizer's state."""
+    no_load_rng: bool = False
+    """Do not load the random-number generators' state."""
+    finetune: bool = False
+    """Load the weights only, and start at iteration 0 with a new optimizer and new data."""
+    exit_on_missing_checkpoint: bool = False
+    """Fail where --load holds no checkpoint, instead of starting from random weights."""
+    ckpt_format: Literal["torch_dist"] = option(
+        "torch_dist",
+        not_here={"torch": _CONVERT, "torch_dcp": _CONVERT, "fsdp_dtensor": _CONVERT},
+    )
+    """Format of checkpoints: megatron-core's distributed one, which any layout can load."""

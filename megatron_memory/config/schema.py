@@ -1,0 +1,86 @@
+"""The whole configuration: one component for each part of the program."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from megatron_memory.config.checkpoint import CheckpointConfig
+from megatron_memory.config.data import DataConfig
+from megatron_memory.config.logging import LoggingConfig
+from megatron_memory.config.memory import MemoryConfig
+from megatron_memory.config.model import ModelConfig
+from megatron_memory.config.option import fill_derived
+from megatron_memory.config.optimizer import OptimizerSettings
+from megatron_memory.config.parallel import ParallelConfig
+from megatron_memory.config.precision import PrecisionConfig
+from megatron_memory.config.recompute import RecomputeConfig
+from megatron_memory.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that flags and the configuration file decide.
+
+    Derived fields hold their values: those within one component since its construction, those
+    that span components (`memory.value_dim`, `memory.key_dim`, `memory.value_min_lr`,
+    `optimizer.lr_decay_iters`) since the construction of this object. What depends on the machine
+    (`parallel.device`, `parallel.distributed_backend`, `model.transformer_impl`) stays as it was
+    given, so that a saved configuration works on another machine.
+    """
+
+    model: ModelConfig
+    """Decoder."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Memory layers"""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallelism and devices"""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Precision"""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """Activation recompute"""
+    optimizer: OptimizerSettings
+    """Optimizer and schedule"""
+    training: TrainingConfig
+    """Training loop"""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints"""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Logging"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data and tokenizer"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory", _derive_memory(self.memory, self.model, self.optimizer))
+        if self.optimizer.lr_decay_iters is None:
+            optimizer = dataclasses.replace(
+                self.optimizer, lr_decay_iters=self.training.train_iters
+            )
+            object.__setattr__(self, "optimizer", optimizer)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that together hold one copy of the model."""
+        return (
+            self.parallel.tensor_model_parallel_size
+            * self.parallel.pipeline_model_parallel_size
+            * self.parallel.context_parallel_size
+        )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in a run of `world_size` ranks."""
+        return world_size // self.model_parallel_size
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches that each rank computes for one optimizer step."""
+        sequences = self.training.micro_batch_size * self.data_parallel_size(world_size)
+        return self.training.global_batch_size // sequences
+
+
+def _derive_memory(
+    memory: MemoryConfig, model: ModelConfig, optimizer: OptimizerSettings
+) -> MemoryConfig:
+    # A copy, so that one MemoryConfig can be used with models of several widths.
+    memory = dataclasses.replace(memory)
+    ratio = optimizer.min_lr / optimizer.lr if optimizer.lr > 0 else 0.0
+    fill_derived(memory, value_dim=model.hidden_size, value_min_lr=memory.value_lr * ratio)
+    fill_derived(memory, key_dim=memory.value_dim // 2)
+    return memory

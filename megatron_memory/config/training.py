@@ -1,0 +1,29 @@
+"""The training loop."""
+
+from dataclasses import dataclass
+
+from megatron_memory.config.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Batch sizes, length of the training, evaluation, and when to stop."""
+
+    micro_batch_size: int = option(at_least=1)
+    """Sequences that one data-parallel rank computes at a time."""
+    global_batch_size: int = option(at_least=1)
+    """Sequences of an optimizer step over all ranks; gradients accumulate over microbatches."""
+    train_iters: int = option(at_least=1)
+    """Optimizer steps of the whole training, those before a restart included."""
+    eval_interval: int = option(1000, at_least=1)
+    """Iterations between two evaluations on the validation data."""
+    eval_iters: int = option(100, at_least=0)
+    """Batches of an evaluation; 0: never evaluate."""
+    seed: int = option(1234, at_least=0)
+    """Seed of initialisation, dropout and the order of the data."""
+    exit_interval: int | None = option(None, at_least=1)
+    """Save and exit after an iteration divisible by this."""
+    exit_duration_in_mins: int | None = option(None, at_least=1)
+    """Save and exit after this many minutes."""
+    dry_run: bool = False
+    """Print parameters, placement, memory and FLOPs of this configuration, then exit."""
