@@ -1,0 +1,52 @@
+"""What a preprocessing run is told; the flags of tools/preprocess_data.py are made from it."""
+
+import dataclasses
+
+from megatron_memory.exceptions import ConfigurationError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """One preprocessing run. Names and meanings are those of Megatron-LM's preprocess_data.py."""
+
+    input: tuple[str, ...]
+    """JSONL files, plain or .gz, or glob patterns; read in the order given, patterns sorted."""
+
+    output_prefix: str
+    """Outputs are OUTPUT_PREFIX_KEY_document.bin and .idx, for each of --json-keys."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Fields of each JSON object to tokenize, each into its own pair of files."""
+
+    tokenizer_type: str
+    """HuggingFaceTokenizer, SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer,
+    TikTokenizer, ByteLevelTokenizer or NullTokenizer."""
+
+    tokenizer_model: str | None = None
+    """The tokenizer's folder, file, or name on the Hugging Face hub."""
+
+    vocab_size: int | None = None
+    """NullTokenizer: its number of ids. TikTokenizer: entries to keep."""
+
+    tokenizer_hf_include_special_tokens: bool = False
+    """Add the special tokens that a HuggingFaceTokenizer puts around a text."""
+
+    append_eod: bool = False
+    """End every document that is not empty with the tokenizer's end-of-document token."""
+
+    workers: int = 1
+    """Processes that tokenize. Their number never changes the output."""
+
+    log_interval: int = 1000
+    """Documents between two lines of progress."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--workers", self.workers), ("--log-interval", self.log_interval)):
+            if value < 1:
+                raise ConfigurationError(f"{flag} {value}: must be at least 1")
+        for flag, values in (("--input", self.input), ("--json-keys", self.json_keys)):
+            if not values:
+                raise ConfigurationError(f"{flag}: give at least one")
+        for key in self.json_keys:
+            if self.json_keys.count(key) > 1:
+                raise ConfigurationError(f"--json-keys: {key} is given twice; name each key once")

@@ -1,0 +1,171 @@
+"""Tokenizers by Megatron's names, built on megatron-core's own classes."""
+
+import os
+from typing import Any
+
+from megatron.core.tokenizers import MegatronTokenizer
+from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
+
+from megatron_memory.exceptions import ConfigurationError, DataError
+
+_LIBRARIES = {
+    "HuggingFaceTokenizer": "huggingface",
+    "SentencePieceTokenizer": "sentencepiece",
+    "GPTSentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
+    "TikTokenizer": "tiktoken",
+    "ByteLevelTokenizer": "byte-level",
+    "NullTokenizer": "null",
+}
+TOKENIZER_TYPES = tuple(_LIBRARIES)
+_WITHOUT_FILES = ("byte-level", "null")
+
+_NUM_BYTES = 256
+_BYTE_LEVEL_OPTIONS = {
+    "vocab_size": _NUM_BYTES,
+    "special_tokens": ["<eod>", "<bos>"],
+    "_bos_id": _NUM_BYTES,
+    "_eos_id": _NUM_BYTES + 1,
+    # megatron-core's default pads with byte 1, which would hide that byte's loss.
+    "_pad_id": None,
+}
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    tokenizer_model: str | None = None,
+    *,
+    vocab_size: int | None = None,
+    include_special_tokens: bool = False,
+) -> MegatronTokenizerBase:
+    """Build the tokenizer that a run names.
+
+    Args:
+        tokenizer_type: one of TOKENIZER_TYPES. `ByteLevelTokenizer` is the text's UTF-8 bytes with
+            256 for the begin and 257 for the end of a document.
+        tokenizer_model: a folder or a name of the Hugging Face hub, a SentencePiece `.model`, or
+            a tiktoken vocabulary in `.json`. The last two types of the list take none.
+        vocab_size: NullTokenizer, which needs it: the number of ids besides the end of document;
+            TikTokenizer: entries to keep, special tokens included.
+        include_special_tokens: HuggingFaceTokenizer: add the special tokens that its template
+            puts around a text.
+
+    Returns:
+        megatron-core's tokenizer: `.tokenize(text)`, `.detokenize(ids)`, `.vocab_size`, `.eod`.
+
+    Raises:
+        ConfigurationError: unknown type, or a flag that the type needs is missing.
+        DataError: the tokenizer's files are missing or cannot be read.
+    """
+    library = _library(tokenizer_type, tokenizer_model, vocab_size)
+    options: dict[str, Any] = {}
+    if library == "huggingface":
+        options = {"use_fast": True, "include_special_tokens": include_special_tokens}
+    elif library == "byte-level":
+        options = dict(_BYTE_LEVEL_OPTIONS)
+    elif library in ("null", "tiktoken") and vocab_size is not None:
+        options = {"vocab_size": vocab_size}
+    try:
+        return MegatronTokenizer.from_pretrained(
+            tokenizer_path=None if library in _WITHOUT_FILES else tokenizer_model,
+            metadata_path={"library": library},
+            **options,
+        )
+    # The libraries raise nearly anything on a damaged file: AssertionError, KeyError, RuntimeError.
+    except Exception as error:
+        raise DataError(
+            f"--tokenizer-model {tokenizer_model}: cannot be read as {tokenizer_type} "
+            f"({type(error).__name__}: {error}). {_EXPECTED_MODEL[library]}"
+        ) from error
+
+
+_EXPECTED_MODEL = {
+    "huggingface": "Give a folder with tokenizer.json and tokenizer_config.json, or a hub name",
+    "sentencepiece": "Give the .model file that SentencePiece wrote",
+    "tiktoken": "Give the .json vocabulary (a list of rank, token_bytes, token_str), and with "
+    "--vocab-size no more entries than it has",
+    "byte-level": "This type reads no file: this installation of megatron-core does not fit",
+    "null": "--vocab-size must be a whole number",
+}
+
+
+def _library(tokenizer_type: str, tokenizer_model: str | None, vocab_size: int | None) -> str:
+    if tokenizer_type not in _LIBRARIES:
+        raise ConfigurationError(
+            f"--tokenizer-type {tokenizer_type}: unknown. Choose one of {', '.join(_LIBRARIES)}"
+        )
+    library = _LIBRARIES[tokenizer_type]
+    if library == "null" and vocab_size is None:
+        raise ConfigurationError("--tokenizer-type NullTokenizer needs --vocab-size")
+    if library in _WITHOUT_FILES:
+        return library
+    if not tokenizer_model:
+        raise ConfigurationError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
+    if not os.path.exists(tokenizer_model) and (
+        library != "huggingface" or not _may_be_hub_name(tokenizer_model)
+    ):
+        raise DataError(
+            f"--tokenizer-model {tokenizer_model}: no such file or folder. {_EXPECTED_MODEL[library]}"
+        )
+    return library
+
+
+def _may_be_hub_name(name: str) -> bool:
+    """Hub names are `name` or `owner/name`; anything else can only be a path."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") for part in parts)
+
+
+def end_of_document(tokenizer: MegatronTokenizerBase) -> int:
+    """The tokenizer's end-of-document id.
+
+    Raises:
+        DataError: the tokenizer defines none.
+    """
+    # Tokenizers without one answer None, or a negative id (SentencePiece).
+    eod = tokenizer.eod
+    if eod is None or eod < 0:
+        raise DataError(
+            f"--tokenizer-model {tokenizer.path}: has no end-of-sequence token to end documents "
+            "with. Set eos_token in its tokenizer_config.json (SentencePiece: train it with an "
+            "eos_id), or use another tokenizer"
+        )
+    return int(eod)
+
+
+def padded_vocab_size(
+    vocab_size: int, make_vocab_size_divisible_by: int, tensor_parallel_size: int
+) -> int:
+    """Entries of the embedding table: `vocab_size` rounded up so that every rank holds as many.
+
+    A multiple of `make_vocab_size_divisible_by * tensor_parallel_size`, as in Megatron-LM.
+
+    Raises:
+        ConfigurationError: an argument is not positive.
+    """
+    for flag, value in (
+        ("--vocab-size", vocab_size),
+        ("--make-vocab-size-divisible-by", make_vocab_size_divisible_by),
+        ("--tensor-model-parallel-size", tensor_parallel_size),
+    ):
+        if value < 1:
+            raise ConfigurationError(f"{flag} {value}: must be at least 1")
+    multiple = make_vocab_size_divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_vocab_size(tokenizer: MegatronTokenizerBase, vocab_size: int | None) -> int:
+    """Entries before padding: `vocab_size` where the run gives one, else the tokenizer's.
+
+    Raises:
+        ConfigurationError: the tokenizer has more entries than `vocab_size`.
+    """
+    num_entries = int(tokenizer.vocab_size)
+    if vocab_size is None:
+        return num_entries
+    if num_entries > vocab_size:
+        raise ConfigurationError(
+            f"--vocab-size {vocab_size}: the tokenizer {tokenizer.path} has {num_entries} entries. "
+            f"Raise --vocab-size to at least {num_entries}, or leave the flag out"
+        )
+    return vocab_size
