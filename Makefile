@@ -1,0 +1,90 @@
+# `make` alone prints what there is. Every target makes the environment it needs, in .venv.
+#
+# To use an environment of your own, say `make test PYTHON=python3` (or VENV= for the python3 of your
+# PATH): nothing is then made or installed. pip obeys its own settings and variables as always.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+ifeq ($(origin PYTHON),command line)
+READY :=
+else ifeq ($(strip $(VENV)),)
+PYTHON := python3
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+# For targets that install nothing: the environment if it is there, else the machine's own Python.
+PYTHON_AT_HAND := $(if $(READY),$(if $(wildcard $(PYTHON)),$(PYTHON),python3),$(PYTHON))
+
+# Tried in this order; megatron-core has wheels for 3.10 to 3.13.
+BASE_PYTHONS ?= python3 python3.12 python3.11 python3.10 python3.13
+
+# Without PYTHONPATH: what lies there is not in the environment.
+PIP = env -u PYTHONPATH $(PYTHON) -m pip --disable-pip-version-check
+
+# The checkout comes first, so that an installation elsewhere is never run by mistake.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: help setup quickstart test lint bench gpu doctor clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make the environment in .venv and install everything into it
+	@echo "Ready: $(PYTHON)"
+
+quickstart: $(READY) ## train a small memory model on real text, resume it, ask it things
+	$(PYTHON) examples/quickstart/run.py $(ARGS)
+
+test: $(READY) ## run the tests; more with ARGS="-k name -x"
+	$(PYTHON) -m pytest tests $(ARGS)
+
+lint: $(READY) ## ruff (rules and format), mypy, codespell
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m codespell_lib
+
+bench: $(READY) ## the training step with memory against the dense model of the same shape
+	$(PYTHON) tools/benchmark.py train-step $(ARGS)
+
+gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing
+	@$(PYTHON_AT_HAND) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { \
+	    echo "make gpu: $(PYTHON_AT_HAND) has no torch that sees a GPU; python tools/doctor.py says why" >&2; exit 1; }
+	$(PYTHON_AT_HAND) -m pytest tests -m gpu $(ARGS)
+	$(PYTHON_AT_HAND) tools/benchmark.py train-step
+
+doctor: ## say what is installed, what is missing, and what will be used
+	@$(PYTHON_AT_HAND) tools/doctor.py
+
+clean: ## remove the environment, build outputs and caches; your runs stay
+	rm -rf $(VENV) build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+ifneq ($(READY),)
+# Written last, so that an interrupted installation starts again.
+$(READY): requirements.txt pyproject.toml
+	@python= ; for candidate in $(BASE_PYTHONS); do \
+	    if $$candidate -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+	    then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	    echo "make setup: found no Python 3.10 to 3.13 (tried: $(BASE_PYTHONS))." >&2; \
+	    echo "Install one, or name it: make setup BASE_PYTHONS=/path/to/python3" >&2; exit 1; fi; \
+	if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	    version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	    echo "make setup: $$python cannot make environments, its venv module is missing." >&2; \
+	    echo "On Debian and Ubuntu: sudo apt install python$$version-venv" >&2; exit 1; fi; \
+	if ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+	    echo "Making $(VENV) with $$($$python --version) ($$(command -v $$python))"; \
+	    $$python -m venv --clear $(VENV); fi
+	@echo "Installing torch first: a build with CUDA is some gigabytes, a CPU build some 200 MB"
+	$(PIP) install "$$(grep '^torch==' requirements.txt)"
+	@echo "Installing what requirements.txt lists"
+	$(PIP) install -r requirements.txt
+	@echo "Installing this checkout: megatron_memory and memory_kernels, editable"
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+endif
