@@ -50,3 +50,14 @@ def _check(query: Tensor, keys: Tensor, k: int) -> None:
         )
     if not 1 <= k <= keys.shape[2]:
         raise ValueError(f"k: 1 to the {keys.shape[2]} half-keys wanted, got {k}")
+
+
+def product_key_scores(query: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
+    """The scores of given slots, [T, H, K] in fp32; indices [T, H, K], the rest as `product_key_topk`."""
+    _check(query, keys, 1)
+    num_half_keys = keys.shape[2]
+    slots = indices.long().transpose(0, 1)
+    scores = half_scores(query, keys)
+    first = scores[0].gather(-1, slots // num_half_keys)
+    second = scores[1].gather(-1, slots % num_half_keys)
+    return (first + second).transpose(0, 1)

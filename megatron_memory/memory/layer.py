@@ -1,0 +1,193 @@
+"""The memory layer in place of a transformer layer's MLP.
+
+Axes: T tokens, H heads, K values read per head, S slots, D value dimension, C columns of it on this rank.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    get_cuda_rng_tracker,
+)
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all_hp2sp,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.utils import init_method_normal
+from memory_kernels import row_dot, weighted_bag
+from torch import Tensor
+
+from megatron_memory.memory.routing import MemoryRouter, Route, share_route
+from megatron_memory.memory.table import ValueTable
+from megatron_memory.memory.usage import SlotUsage
+from megatron_memory.model.config import MemoryTransformerConfig
+
+
+@dataclasses.dataclass
+class MemoryLayerSubmodules:
+    """The linear layers, from Megatron's backend (local or Transformer Engine)."""
+
+    linear_fc1: object = None
+    """Column-parallel: hidden size to value dimension, the gate of memory+."""
+    linear_fc2: object = None
+    """Row-parallel: value dimension to hidden size."""
+
+
+class MemoryLayer(MegatronModule):
+    """Reads H * K rows of a value table for each token ("Memory Layers at Scale", section 3).
+
+    | variant | output, y the weighted sum of rows |
+    |---|---|
+    | `pkm` | y; with a value dimension other than the hidden size, W2 y |
+    | `memory+` | W2 (y * silu(W1 x)), W1 `linear_fc1`, W2 `linear_fc2` (the paper's swilu) |
+    | `peer` | sum of weight * gelu(u . x) * v over the slots' rows u and v of two tables |
+
+    With the sigmoid gate all of that is multiplied by sigmoid(gate x).
+
+    The tables belong to the model and are bound after it is built; see `bind`.
+    """
+
+    def __init__(
+        self,
+        config: MemoryTransformerConfig,
+        submodules: MemoryLayerSubmodules,
+        tp_group: torch.distributed.ProcessGroup,
+    ):
+        super().__init__(config)
+        self.tp_group = tp_group
+        self.layer_number: int | None = None
+        self.usage: SlotUsage | None = None
+        """Counts the slots read while it is set."""
+        self.router = MemoryRouter(config)
+        self.linear_fc1 = self.linear_fc2 = self.gate = None
+        if config.memory.variant == "memory+":
+            self.linear_fc1 = self._linear_fc1(submodules)
+        if config.memory_projects_output:
+            self.linear_fc2 = self._linear_fc2(submodules)
+        if config.memory.gated:
+            self.gate = _sigmoid_gate(config)
+
+    def _linear_fc1(self, submodules: MemoryLayerSubmodules) -> torch.nn.Module:
+        return build_module(
+            submodules.linear_fc1,
+            self.config.hidden_size,
+            self.config.memory_value_dim,
+            config=self.config,
+            init_method=init_method_normal(self.config.hidden_size**-0.5),
+            bias=True,
+            gather_output=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+        )
+
+    def _linear_fc2(self, submodules: MemoryLayerSubmodules) -> torch.nn.Module:
+        return build_module(
+            submodules.linear_fc2,
+            self.config.memory_value_dim,
+            self.config.hidden_size,
+            config=self.config,
+            init_method=init_method_normal(self.config.hidden_size**-0.5),
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's layer number, counted from 1 over the whole model."""
+        self.layer_number = layer_number
+
+    def bind(self, tables: MegatronModule) -> None:
+        """Hold the tables that this layer reads, without becoming their owner."""
+        self.__dict__["tables"] = tables
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None):
+        """x [s, b, hidden] (s is this rank's share under sequence parallelism) to (output, bias).
+
+        The padding mask is Megatron's for MoE layers and is not used: padding reads slots like any token.
+        """
+        route = self.router(x)
+        if self.usage is not None:
+            self.usage.record(route)
+        if self.config.memory.variant == "peer":
+            y = self._read_peer(x, route)
+        else:
+            y = self._read_values(route)
+        y = self._dropout(y)
+        output, bias = self._project(x, y)
+        if self.gate is not None:
+            output = output if bias is None else output + bias
+            output, bias = output * torch.sigmoid(self.gate(x)), None
+        return output, bias
+
+    def _read_values(self, route: Route) -> Tensor:
+        """[T, C]: all tokens of the tensor-parallel group, this rank's columns."""
+        indices, weights = share_route(route, self.config, self.tp_group)
+        return self._table("values")(weighted_bag, indices, weights)
+
+    def _read_peer(self, x: Tensor, route: Route) -> Tensor:
+        """[T, C]; one all-reduce of [T, H * K] completes the dot products over the ranks' columns."""
+        indices, weights = share_route(route, self.config, self.tp_group)
+        columns = self._own_columns_of_all_tokens(x)
+        products = self._table("values_u")(row_dot, indices, columns)
+        products = reduce_from_tensor_model_parallel_region(products.float(), group=self.tp_group)
+        products = copy_to_tensor_model_parallel_region(products, group=self.tp_group)
+        return self._table("values_v")(weighted_bag, indices, weights * F.gelu(products))
+
+    def _own_columns_of_all_tokens(self, x: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, group=self.tp_group)
+        elif self.tp_group.size() > 1:
+            x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        columns = self.config.memory_value_dim // self.tp_group.size()
+        return x.reshape(-1, x.shape[-1]).narrow(-1, self.tp_group.rank() * columns, columns)
+
+    def _table(self, name: str) -> ValueTable:
+        return self.__dict__["tables"].get_submodule(name)
+
+    def _dropout(self, y: Tensor) -> Tensor:
+        rate = self.config.memory.value_dropout
+        if not rate or not self.training:
+            return y
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(y, rate)
+
+    def _project(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From this rank's columns of all tokens to all columns of this rank's tokens."""
+        num_sequences = x.shape[1]
+        if self.linear_fc2 is None:
+            return self._exchange_columns(y).view(-1, num_sequences, self.config.hidden_size), None
+        y = y.view(-1, num_sequences, y.shape[-1])
+        if self.linear_fc1 is not None:
+            gate, _ = self.linear_fc1(x)
+            y = y * F.silu(gate)
+        return self.linear_fc2(y)
+
+    def _exchange_columns(self, y: Tensor) -> Tensor:
+        if self.tp_group.size() == 1:
+            return y
+        if self.config.sequence_parallel:
+            return all_to_all_hp2sp(y, group=self.tp_group)
+        return gather_from_tensor_model_parallel_region(y, group=self.tp_group)
+
+
+def _sigmoid_gate(config: MemoryTransformerConfig) -> torch.nn.Linear:
+    """One number a token; replicated, on this rank's tokens."""
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    gate = torch.nn.Linear(config.hidden_size, 1, dtype=config.params_dtype, device=device)
+    if config.perform_initialization:
+        torch.nn.init.normal_(gate.weight, std=config.hidden_size**-0.5)
+        torch.nn.init.zeros_(gate.bias)
+    for parameter in gate.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return gate

@@ -1,0 +1,46 @@
+"""Which layers are memory layers."""
+
+from megatron_memory.exceptions import ConfigurationError
+
+_FORMS = 'Give layer numbers counted from 0 ("4,12,20") or "centered:COUNT:STRIDE" ("centered:3:8")'
+
+
+def resolve_memory_layers(spec: str, num_layers: int) -> tuple[int, ...]:
+    """The layer numbers, counted from 0 and ascending, that `--memory-layers` names.
+
+    `centered:3:8` are three layers with stride 8 around the middle: 4, 12, 20 of 24, the paper's choice.
+
+    Raises:
+        ConfigurationError: the text has neither form, or a layer is out of range or named twice.
+    """
+    if spec.startswith("centered:"):
+        layers = _centered(spec, num_layers)
+    else:
+        layers = _listed(spec)
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ConfigurationError(
+            f"--memory-layers {spec}: layer {outside[0]} is out of range, --num-layers {num_layers} "
+            f"has layers 0 to {num_layers - 1}. {_FORMS}"
+        )
+    if len(set(layers)) < len(layers):
+        raise ConfigurationError(f"--memory-layers {spec}: a layer is named twice. {_FORMS}")
+    return tuple(sorted(layers))
+
+
+def _listed(spec: str) -> list[int]:
+    try:
+        return [int(item) for item in spec.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--memory-layers {spec}: not a list of numbers. {_FORMS}") from None
+
+
+def _centered(spec: str, num_layers: int) -> list[int]:
+    parts = spec.split(":")[1:]
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigurationError(
+            f"--memory-layers {spec}: COUNT and STRIDE must be positive numbers. {_FORMS}"
+        )
+    count, stride = (int(part) for part in parts)
+    first = (num_layers - (count - 1) * stride) // 2
+    return [first + stride * i for i in range(count)]

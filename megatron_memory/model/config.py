@@ -1,0 +1,151 @@
+"""Megatron's transformer configuration, with the memory."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_memory.config import Config, MemoryConfig, ModelConfig
+from megatron_memory.memory.placement import resolve_memory_layers
+from megatron_memory.runtime.features import has_apex, has_transformer_engine
+from megatron_memory.runtime import Backend
+
+
+@dataclass
+class MemoryTransformerConfig(TransformerConfig):
+    """`TransformerConfig` and what memory layers add to it."""
+
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    """The memory layers; disabled: a model without memory."""
+    memory_layers: tuple[int, ...] = ()
+    """Layers with a memory in place of the MLP, counted from 0 over the whole model."""
+    memory_seed: int = 1234
+    """Seed of the value tables' initial values."""
+
+    def __post_init__(self):
+        # Layers differ, so each needs a checkpoint key of its own; the field is spelled so in Megatron.
+        self.hetereogenous_dist_checkpoint = True
+        super().__post_init__()
+
+    @property
+    def memory_num_slots(self) -> int:
+        """S: rows of a value table."""
+        return self.memory.num_values
+
+    @property
+    def memory_value_dim(self) -> int:
+        """D: columns of a value table."""
+        return self.memory.value_dim
+
+    @property
+    def memory_key_dim(self) -> int:
+        """Length of a key, both halves together."""
+        return self.memory.key_dim
+
+    @property
+    def memory_projects_output(self) -> bool:
+        """Whether `linear_fc2` follows the lookup."""
+        if self.memory.variant == "pkm":
+            return self.memory_value_dim != self.hidden_size
+        return self.memory.variant == "memory+"
+
+
+def use_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
+    """Transformer Engine's layers: as asked, else where it is installed and there is a GPU."""
+    if model.transformer_impl is not None:
+        return model.transformer_impl == "transformer_engine"
+    return backend.is_cuda and has_transformer_engine()
+
+
+def build_transformer_config(config: Config, backend: Backend) -> MemoryTransformerConfig:
+    """Megatron's configuration for ours."""
+    model, memory = config.model, config.memory
+    layers = resolve_memory_layers(memory.layers, model.num_layers) if memory.enabled else ()
+    dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
+    return MemoryTransformerConfig(
+        memory=memory,
+        memory_layers=layers,
+        memory_seed=config.training.seed,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        rotary_interleaved=model.rotary_interleaved,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        init_method_std=model.init_method_std,
+        bf16=config.precision.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_softmax_in_fp32=config.precision.attention_softmax_in_fp32,
+        use_cpu_initialization=not backend.is_cuda,
+        transformer_impl="transformer_engine"
+        if use_transformer_engine(model, backend)
+        else "local",
+        **_parallel_options(config),
+        **_recompute_options(config),
+        **_moe_options(model),
+        **_fusion_options(model, backend),
+    )
+
+
+def _parallel_options(config: Config) -> dict:
+    parallel = config.parallel
+    return dict(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def _recompute_options(config: Config) -> dict:
+    recompute = config.recompute
+    options = dict(
+        recompute_granularity=recompute.recompute_granularity,
+        recompute_method=recompute.recompute_method,
+        recompute_num_layers=recompute.recompute_num_layers,
+    )
+    if recompute.recompute_modules is not None:
+        options["recompute_modules"] = list(recompute.recompute_modules)
+    return options
+
+
+def _moe_options(model: ModelConfig) -> dict:
+    if model.num_experts is None:
+        return {}
+    return dict(
+        num_moe_experts=model.num_experts,
+        moe_layer_freq=model.moe_layer_freq,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_router_topk=model.moe_router_topk,
+        moe_router_load_balancing_type=model.moe_router_load_balancing_type,
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_token_dispatcher_type=model.moe_token_dispatcher_type,
+        moe_grouped_gemm=model.moe_grouped_gemm,
+    )
+
+
+def _fusion_options(model: ModelConfig, backend: Backend) -> dict:
+    """Megatron's fused kernels, each where what it is written in is there."""
+    transformer_engine = use_transformer_engine(model, backend)
+    return dict(
+        bias_dropout_fusion=backend.is_cuda,
+        bias_activation_fusion=backend.is_cuda and not model.num_experts,
+        masked_softmax_fusion=transformer_engine,
+        apply_rope_fusion=transformer_engine and not model.rotary_interleaved,
+        gradient_accumulation_fusion=has_apex() and backend.is_cuda,
+        persist_layer_norm=False,
+    )

@@ -1,0 +1,86 @@
+"""The decoder's layers: Megatron-Core's own specs, with a memory layer for the MLP of the chosen ones."""
+
+from dataclasses import replace
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_memory.memory.layer import MemoryLayer, MemoryLayerSubmodules
+from megatron_memory.model.config import MemoryTransformerConfig
+from megatron_memory.model.norms import norm_class
+from megatron_memory.runtime.features import transformer_engine_spec_provider
+
+
+def memory_block_spec(
+    config: MemoryTransformerConfig, tp_group: torch.distributed.ProcessGroup
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the block's final norm."""
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=config.transformer_impl == "transformer_engine",
+        normalization=config.normalization,
+    )
+    offset = get_transformer_layer_offset(config)
+    layers = [
+        _with_memory(spec, config, tp_group) if offset + i in config.memory_layers else spec
+        for i, spec in enumerate(block.layer_specs)
+    ]
+    if config.transformer_impl == "local":
+        layers = [_with_local_norms(spec, config) for spec in layers]
+        return replace(block, layer_specs=layers, layer_norm=norm_class(config))
+    return replace(block, layer_specs=layers)
+
+
+def _with_memory(
+    spec: ModuleSpec, config: MemoryTransformerConfig, tp_group: torch.distributed.ProcessGroup
+) -> ModuleSpec:
+    """The layer with a memory for its MLP, and a norm before it that is not fused into fc1."""
+    local = config.transformer_impl == "local"
+    backend = LocalSpecProvider() if local else transformer_engine_spec_provider()
+    memory = ModuleSpec(
+        module=MemoryLayer,
+        params={"tp_group": tp_group},
+        submodules=MemoryLayerSubmodules(
+            linear_fc1=backend.column_parallel_linear(),
+            linear_fc2=backend.row_parallel_linear(),
+        ),
+    )
+    return replace(
+        spec,
+        submodules=replace(
+            spec.submodules,
+            pre_mlp_layernorm=norm_class(config) if local else backend.layer_norm(),
+            mlp=memory,
+            # Checkpoint names as Transformer Engine's layers have them: the first norm is fused into its
+            # projection there, but the norm before a memory layer stands alone.
+            sharded_state_dict_keys_map=(
+                {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"} if local else {}
+            ),
+        ),
+    )
+
+
+def _with_local_norms(spec: ModuleSpec, config: MemoryTransformerConfig) -> ModuleSpec:
+    """megatron-core's local norms refuse sequence parallelism; ours know it."""
+    norm = norm_class(config)
+    attention = spec.submodules.self_attention
+    if config.qk_layernorm:
+        attention = replace(
+            attention,
+            submodules=replace(attention.submodules, q_layernorm=norm, k_layernorm=norm),
+        )
+    pre_mlp = spec.submodules.pre_mlp_layernorm
+    return replace(
+        spec,
+        submodules=replace(
+            spec.submodules,
+            input_layernorm=norm,
+            self_attention=attention,
+            pre_mlp_layernorm=IdentityOp if pre_mlp is IdentityOp else norm,
+        ),
+    )

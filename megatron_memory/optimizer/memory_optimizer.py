@@ -1,0 +1,50 @@
+"""Two optimizers in a chain, each with its own gradient norm and clip: all other parameters, and the values."""
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+
+class MemoryOptimizer(ChainedOptimizer):
+    """Megatron's chain of the dense and the value optimizer, without a common gradient norm.
+
+    Megatron clips a chain by the norm over all of it; the paper clips the values by theirs alone.
+
+    Args:
+        dense: optimizer of everything but the value tables.
+        values: optimizer of the value tables.
+        value_clip_grad: largest norm of the values' gradient; 0 does not clip.
+    """
+
+    def __init__(
+        self, dense: MegatronOptimizer, values: MegatronOptimizer, *, value_clip_grad: float
+    ):
+        super().__init__([dense, values])
+        self.value_clip_grad = value_clip_grad
+        self.value_grad_norm: float | None = None
+        """Norm of the values' gradient in the last step, before clipping."""
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float | None, int | None]:
+        """Clip and update both.
+
+        Returns:
+            whether the step was taken, the gradient norm of everything but the values, and the zeros in all
+            gradients (None unless they are counted).
+        """
+        if self.prepare_grads():
+            self.value_grad_norm = None
+            return False, None, None
+        dense, values = self.chained_optimizers
+        grad_norm = _clip(dense, self.config.clip_grad)
+        self.value_grad_norm = _clip(values, self.value_clip_grad)
+        num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        return self.step_with_ready_grads(), grad_norm, num_zeros
+
+
+def _clip(optimizer: MegatronOptimizer, max_norm: float) -> float:
+    grad_norm = optimizer.get_grad_norm()
+    parameters = optimizer.get_parameters()
+    if max_norm > 0 and parameters:
+        clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
+    return grad_norm

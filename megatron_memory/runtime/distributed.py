@@ -1,0 +1,73 @@
+"""Processes, Megatron's parallel groups, and the seeds of every rank."""
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+
+from megatron_memory.config import Config
+from megatron_memory.runtime.backend import Backend
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize_distributed(config: Config, backend: Backend) -> None:
+    """Join the run's processes, form Megatron's groups, seed the generators.
+
+    Needs no torchrun for one process.
+    """
+    if backend.is_cuda:
+        torch.cuda.set_device(backend.device)
+    if not torch.distributed.is_initialized():
+        _join(config, backend)
+    from megatron.core import parallel_state
+
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    seed_everything(config.training.seed)
+
+
+def _join(config: Config, backend: Backend) -> None:
+    timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    options: dict = dict(backend=backend.distributed, timeout=timeout)
+    if "RANK" not in os.environ:
+        options.update(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if backend.distributed == "nccl":
+        options["device_id"] = backend.device
+    torch.distributed.init_process_group(**options)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, torch and Megatron's tracker of generators.
+
+    Ranks of one tensor-parallel group share the default generator and differ in the tracker's; pipeline
+    stages differ in both, which megatron-core leaves to its caller.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown_distributed() -> None:
+    """Leave Megatron's groups and the run."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

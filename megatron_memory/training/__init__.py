@@ -1,0 +1,1 @@
+"""The training program: set-up, step, loop, checkpoints and reports."""

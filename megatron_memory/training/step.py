@@ -1,0 +1,119 @@
+"""One optimizer step, and the loss on held-out data."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_memory.optimizer import MemoryOptimizer
+from megatron_memory.training.setup import TrainingSetup, data_parallel_group
+
+Batch = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step reports; the same on every rank."""
+
+    loss: float
+    """Mean over the global batch, in nats a token, before the update."""
+    grad_norm: float | None
+    """Norm of the gradient of all parameters but the values, before clipping; None if skipped."""
+    value_grad_norm: float | None
+    """Norm of the values' gradient before clipping; None without memory or if skipped."""
+    learning_rate: float
+    """Of all parameters but the values, in this step."""
+    value_learning_rate: float | None
+    """Of the values, in this step; None without memory."""
+    skipped: bool
+    """Whether the gradients were not finite and the weights stayed."""
+
+
+def train_step(
+    setup: TrainingSetup, data_iterator: Iterator[Batch], num_microbatches: int
+) -> StepResult:
+    """Forward and backward over the rank's microbatches, then the update and the schedule's next step.
+
+    Args:
+        setup: of this rank.
+        data_iterator: yields `tokens`, `labels`, `loss_mask` and `position_ids`, [micro batch, seq] each.
+        num_microbatches: to take from it.
+    """
+    for chunk in setup.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    setup.optimizer.zero_grad()
+    losses = _run_schedule(setup, data_iterator, num_microbatches, forward_only=False)
+    succeeded, grad_norm, _ = setup.optimizer.step()
+    has_memory = isinstance(setup.optimizer, MemoryOptimizer)
+    result = StepResult(
+        loss=_mean_loss(losses),
+        grad_norm=grad_norm,
+        value_grad_norm=setup.optimizer.value_grad_norm if has_memory else None,
+        learning_rate=get_canonical_lr_for_logging(setup.optimizer.param_groups),
+        value_learning_rate=_value_learning_rate(setup) if has_memory else None,
+        skipped=not succeeded,
+    )
+    if succeeded:
+        setup.scheduler.step(setup.config.training.global_batch_size)
+    return result
+
+
+@torch.no_grad()
+def evaluate_loss(
+    setup: TrainingSetup, data_iterator: Iterator[Batch], num_microbatches: int
+) -> float:
+    """Mean loss in nats a token over so many microbatches a rank, without dropout."""
+    for chunk in setup.model:
+        chunk.eval()
+    losses = _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
+    return _mean_loss(losses)
+
+
+def _run_schedule(setup, data_iterator, num_microbatches: int, *, forward_only: bool):
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward, device=setup.backend.device),
+        data_iterator=data_iterator,
+        model=setup.model,
+        num_microbatches=num_microbatches,
+        seq_length=setup.config.model.seq_length,
+        micro_batch_size=setup.config.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _forward(data_iterator: Iterator[Batch], model: torch.nn.Module, *, device: torch.device):
+    batch = {
+        name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
+    }
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return losses, partial(_masked_mean, batch["loss_mask"])
+
+
+def _masked_mean(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    mask = loss_mask.float()
+    loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+    # Megatron's schedule divides the loss in place, so the report needs a copy.
+    return loss, {"loss": loss.detach().clone()}
+
+
+def _mean_loss(losses: list[dict[str, Tensor]]) -> float:
+    mean = torch.stack([report["loss"] for report in losses]).mean()
+    group = data_parallel_group()
+    torch.distributed.all_reduce(mean, group=group)
+    return mean.item() / group.size()
+
+
+def _value_learning_rate(setup: TrainingSetup) -> float:
+    _, values = setup.optimizer.chained_optimizers
+    return values.param_groups[0]["lr"]

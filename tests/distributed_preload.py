@@ -1,0 +1,7 @@
+"""Imported once by the process that test ranks are forked from."""
+
+from megatron_memory.runtime import prepare_megatron
+
+prepare_megatron()
+
+import megatron_memory.training.step  # noqa: E402, F401
