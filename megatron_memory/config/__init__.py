@@ -1,7 +1,9 @@
 """Configuration: dataclasses, the flags generated from them, and the checks over all of them."""
 
 from megatron_memory.config.checkpoint import CheckpointConfig
+from megatron_memory.config.checks import check_config, check_machine
 from megatron_memory.config.data import DataConfig
+from megatron_memory.config.loading import load_config, parse_arguments, save_config
 from megatron_memory.config.logging import LoggingConfig
 from megatron_memory.config.memory import MemoryConfig
 from megatron_memory.config.model import ModelConfig
@@ -24,4 +26,9 @@ __all__ = [
     "PrecisionConfig",
     "RecomputeConfig",
     "TrainingConfig",
+    "check_config",
+    "check_machine",
+    "load_config",
+    "parse_arguments",
+    "save_config",
 ]

@@ -17,7 +17,7 @@ class MemoryConfig:
 
     layers: str | None = None
     """Layers whose MLP is replaced by a memory layer: numbers counted from 0 ("4,12,20"), or
-    "centered:3:8" for three layers around the middle, eight apart. None: a model without memory."""
+    "centered:3:8" for three layers around the middle, eight apart. None: no memory."""
     variant: Literal["pkm", "memory+", "peer"] = "memory+"
     """pkm: the weighted sum itself; memory+: gated by silu of a projection of the input, then
     projected; peer: table rows as single-neuron experts."""

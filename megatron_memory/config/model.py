@@ -55,7 +55,7 @@ class ModelConfig:
     """Rotate adjacent pairs of channels, as Meta's Llama does, instead of the two halves."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Norm before each block and at the end."""
-    norm_epsilon: float = option(1e-5, above=0)
+    norm_epsilon: float = option(1e-5, above=0, synonyms=("layernorm_epsilon",))
     """Epsilon of every norm."""
     swiglu: bool = False
     """Gated MLPs with SiLU instead of GELU."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_memory.config.option import derived, fill_derived, option
 
+_UNKNOWN_OPTIMIZERS = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
 _NO_SUCH_OPTIMIZER = "only adam and sgd are built; use adam"
 
 
@@ -17,10 +18,7 @@ class OptimizerSettings:
 
     optimizer: Literal["adam", "sgd"] = option(
         "adam",
-        not_here={
-            name: _NO_SUCH_OPTIMIZER
-            for name in ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
-        },
+        not_here=dict.fromkeys(_UNKNOWN_OPTIMIZERS, _NO_SUCH_OPTIMIZER),
     )
     """Update rule; adam decouples the weight decay (AdamW)."""
     lr: float = option(at_least=0)

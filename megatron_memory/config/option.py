@@ -26,7 +26,7 @@ class Option:
     derived_from: str | None = None
     """For a field that is computed when it is not given: from what, for `--help`."""
     not_here: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Choices that users may know from Megatron-LM or the paper, with the reason for refusing each."""
+    """Choices known from Megatron-LM or planned, with the reason for refusing each."""
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Flags without a value that set this field, as Megatron-LM has them: name to value."""
     synonyms: tuple[str, ...] = ()

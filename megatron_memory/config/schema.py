@@ -8,8 +8,8 @@ from megatron_memory.config.data import DataConfig
 from megatron_memory.config.logging import LoggingConfig
 from megatron_memory.config.memory import MemoryConfig
 from megatron_memory.config.model import ModelConfig
-from megatron_memory.config.option import fill_derived
 from megatron_memory.config.optimizer import OptimizerSettings
+from megatron_memory.config.option import fill_derived
 from megatron_memory.config.parallel import ParallelConfig
 from megatron_memory.config.precision import PrecisionConfig
 from megatron_memory.config.recompute import RecomputeConfig
@@ -28,7 +28,7 @@ class Config:
     """
 
     model: ModelConfig
-    """Decoder."""
+    """Decoder"""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Memory layers"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -50,11 +50,10 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", _derive_memory(self.memory, self.model, self.optimizer))
-        if self.optimizer.lr_decay_iters is None:
-            optimizer = dataclasses.replace(
-                self.optimizer, lr_decay_iters=self.training.train_iters
-            )
-            object.__setattr__(self, "optimizer", optimizer)
+        # A copy, so that one OptimizerSettings can be used with trainings of several lengths.
+        optimizer = dataclasses.replace(self.optimizer)
+        fill_derived(optimizer, lr_decay_iters=self.training.train_iters)
+        object.__setattr__(self, "optimizer", optimizer)
 
     @property
     def model_parallel_size(self) -> int:

@@ -1,0 +1,85 @@
+"""Checks of the memory layers' settings."""
+
+from collections.abc import Iterator
+
+from megatron_memory.config.schema import Config
+from megatron_memory.exceptions import ConfigurationError
+
+
+def memory_problems(config: Config) -> Iterator[str]:
+    """Messages for all that cannot work; none for a model without memory."""
+    if config.memory.enabled:
+        yield from _placement_problems(config)
+        yield from _shape_problems(config)
+        yield from _combination_problems(config)
+        yield from _value_optimizer_problems(config)
+
+
+def _placement_problems(config: Config) -> Iterator[str]:
+    from megatron_memory.memory.placement import resolve_memory_layers
+
+    assert config.memory.layers is not None, "called for an enabled memory"
+    try:
+        resolve_memory_layers(config.memory.layers, config.model.num_layers)
+    except ConfigurationError as error:
+        yield str(error)
+
+
+def _shape_problems(config: Config) -> Iterator[str]:
+    memory = config.memory
+    ranks = config.parallel.tensor_model_parallel_size
+    if memory.value_dim % ranks:
+        lower = memory.value_dim // ranks * ranks
+        nearest = f"{lower} or {lower + ranks}" if lower else f"{ranks}"
+        yield (
+            f"--memory-value-dim {memory.value_dim} is not divisible by "
+            f"--tensor-model-parallel-size {ranks}: each rank holds an equal number of the "
+            f"table's columns. Choose for example {nearest}."
+        )
+    if memory.key_dim % 2:
+        yield (
+            f"--memory-key-dim {memory.key_dim} is odd: a key has two halves. "
+            f"Choose {memory.key_dim + 1}."
+        )
+    if memory.top_k > memory.num_half_keys:
+        yield (
+            f"--memory-top-k {memory.top_k} exceeds --memory-num-half-keys "
+            f"{memory.num_half_keys}: a head reads that many of each set's half-keys. Lower the "
+            "first, or raise the second."
+        )
+    if memory.num_random_values > memory.num_values:
+        yield (
+            f"--memory-num-random-values {memory.num_random_values} exceeds the table's "
+            f"{memory.num_values} rows (--memory-num-half-keys {memory.num_half_keys}, squared): "
+            "lower it."
+        )
+    if memory.variant == "peer" and memory.value_dim != config.model.hidden_size:
+        yield (
+            f"--memory-value-dim {memory.value_dim} differs from --hidden-size "
+            f"{config.model.hidden_size}: with --memory-variant peer, rows are multiplied by the "
+            "layer's input. Leave --memory-value-dim away."
+        )
+
+
+def _combination_problems(config: Config) -> Iterator[str]:
+    memory = config.memory
+    if config.model.num_experts is not None:
+        yield (
+            f"--memory-layers {memory.layers} and --num-experts {config.model.num_experts} "
+            "cannot be in one model yet: leave one of them away."
+        )
+    if memory.parallel_size > 1:
+        yield (
+            f"--memory-parallel-size {memory.parallel_size} is not built yet: the table is split "
+            "over the tensor-parallel ranks alone. Use 1, and raise "
+            "--tensor-model-parallel-size for a larger table."
+        )
+
+
+def _value_optimizer_problems(config: Config) -> Iterator[str]:
+    memory = config.memory
+    if memory.value_min_lr > memory.value_lr:
+        yield (
+            f"--memory-value-min-lr {memory.value_min_lr} exceeds --memory-value-lr "
+            f"{memory.value_lr}: lower it."
+        )

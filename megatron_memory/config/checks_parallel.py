@@ -1,0 +1,111 @@
+"""Checks of the parallel sizes, and of the batch and model against them."""
+
+from collections.abc import Iterator
+
+from megatron_memory.config.schema import Config
+
+
+def parallel_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Messages for all that cannot work with `world_size` ranks."""
+    yield from _unsupported_sizes(config)
+    yield from _tensor_split_problems(config)
+    yield from _sequence_split_problems(config)
+    yield from _overlap_problems(config)
+    yield from _world_size_problems(config, world_size)
+
+
+def _unsupported_sizes(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.pipeline_model_parallel_size > 1:
+        yield (
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} is not built "
+            "yet: use 1, with --tensor-model-parallel-size and data parallelism."
+        )
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"--context-parallel-size {parallel.context_parallel_size} is not built yet: use 1, "
+            "with --sequence-parallel or --recompute-activations for long sequences."
+        )
+
+
+def _tensor_split_problems(config: Config) -> Iterator[str]:
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    split = {
+        "--num-attention-heads": model.num_attention_heads,
+        "--ffn-hidden-size": model.ffn_hidden_size,
+    }
+    if model.num_experts is not None:
+        split["--moe-ffn-hidden-size"] = model.moe_ffn_hidden_size
+    for flag, size in split.items():
+        if size % ranks:
+            yield (
+                f"{flag} {size} is not divisible by --tensor-model-parallel-size {ranks}: "
+                f"each rank holds an equal share. Choose a multiple of {ranks}."
+            )
+    groups = model.num_query_groups
+    if groups % ranks and ranks % groups:
+        yield (
+            f"--num-query-groups {groups} is neither a multiple nor a divisor of "
+            f"--tensor-model-parallel-size {ranks}: change one of them."
+        )
+
+
+def _sequence_split_problems(config: Config) -> Iterator[str]:
+    ranks, seq_length = config.parallel.tensor_model_parallel_size, config.model.seq_length
+    if not config.parallel.sequence_parallel:
+        return
+    if ranks == 1:
+        yield (
+            "--sequence-parallel splits sequences over the tensor-parallel ranks, and "
+            "--tensor-model-parallel-size is 1: raise it, or leave --sequence-parallel away "
+            "(--no-sequence-parallel undoes a configuration file)."
+        )
+    elif seq_length % ranks:
+        yield (
+            f"--seq-length {seq_length} is not divisible by --tensor-model-parallel-size {ranks}, "
+            f"as --sequence-parallel needs: choose a multiple of {ranks}."
+        )
+
+
+def _overlap_problems(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if not parallel.overlap_param_gather:
+        return
+    needed = {
+        "--use-distributed-optimizer": parallel.use_distributed_optimizer,
+        "--overlap-grad-reduce": parallel.overlap_grad_reduce,
+    }
+    for flag, given in needed.items():
+        if not given:
+            yield f"--overlap-param-gather needs {flag}: add it, or leave the former away."
+
+
+def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
+    parallel, training = config.parallel, config.training
+    model_ranks = config.model_parallel_size
+    sizes = (
+        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x "
+        f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x "
+        f"--context-parallel-size {parallel.context_parallel_size}"
+    )
+    if world_size % model_ranks:
+        yield (
+            f"The run has {world_size} processes, which is not a multiple of {sizes} = "
+            f"{model_ranks}: start torchrun with a multiple of {model_ranks} processes, or lower "
+            "the sizes."
+        )
+        return
+    copies = config.data_parallel_size(world_size)
+    if copies % parallel.expert_model_parallel_size:
+        yield (
+            f"The run has {world_size} processes, so {copies} data-parallel ranks, which is not a "
+            f"multiple of --expert-model-parallel-size {parallel.expert_model_parallel_size}: "
+            "start more processes, or lower that size."
+        )
+    sequences = training.micro_batch_size * copies
+    if training.global_batch_size % sequences:
+        yield (
+            f"--global-batch-size {training.global_batch_size} is not divisible by "
+            f"--micro-batch-size {training.micro_batch_size} x {copies} data-parallel ranks = "
+            f"{sequences}: choose a multiple of {sequences}, or a smaller --micro-batch-size."
+        )
