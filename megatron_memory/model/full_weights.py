@@ -1,0 +1,74 @@
+"""Whole tensors in and out of a model that is split over ranks, by their names in a checkpoint."""
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    apply_factory_merges,
+)
+from torch import Tensor
+
+from megatron_memory.exceptions import CheckpointError
+from megatron_memory.model.gpt import MemoryGPTModel
+
+
+@torch.no_grad()
+def load_full_weights(model: MemoryGPTModel, tensors: dict[str, Tensor]) -> None:
+    """Set every weight of this rank from whole tensors, named as in a Megatron checkpoint.
+
+    Args:
+        model: unwrapped; keeps its dtypes and devices.
+        tensors: name to whole tensor, as one rank alone would hold it.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs.
+    """
+    sharded = _weight_shards(model)
+    factories = {k: v for k, v in sharded.items() if isinstance(v, ShardedTensorFactory)}
+    apply_factories(sharded)
+    state, used = {}, set()
+    for name, shards in sharded.items():
+        state[name] = _map(shards, lambda shard: _cut(shard, tensors))
+        used.update(shard.key for shard in _flatten(shards))
+    unknown = sorted(set(tensors) - used)
+    if unknown:
+        raise CheckpointError(f"weights that the model does not have: {', '.join(unknown)}")
+    apply_factory_merges(state, factories)
+    model.load_state_dict(state, strict=False)
+
+
+def _weight_shards(model: MemoryGPTModel) -> dict:
+    """The model's sharded tensors; extra states of Transformer Engine have none."""
+    kept = (ShardedTensor, ShardedTensorFactory)
+    return {k: v for k, v in model.sharded_state_dict().items() if isinstance(v, kept)}
+
+
+def _flatten(shards) -> list[ShardedTensor]:
+    if isinstance(shards, ShardedTensor):
+        return [shards]
+    items = shards.values() if isinstance(shards, dict) else shards
+    return [shard for item in items for shard in _flatten(item)]
+
+
+def _map(shards, function):
+    if isinstance(shards, ShardedTensor):
+        return function(shards)
+    if isinstance(shards, dict):
+        return {key: _map(value, function) for key, value in shards.items()}
+    return [_map(value, function) for value in shards]
+
+
+def _cut(shard: ShardedTensor, tensors: dict[str, Tensor]) -> Tensor:
+    """This rank's part of the whole tensor that a shard belongs to."""
+    if shard.key not in tensors:
+        raise CheckpointError(f"weight {shard.key} is missing")
+    whole = tensors[shard.key]
+    if tuple(whole.shape) != tuple(shard.global_shape):
+        raise CheckpointError(
+            f"weight {shard.key} has shape {list(whole.shape)}, the model wants "
+            f"{list(shard.global_shape)}"
+        )
+    for dim, start in enumerate(shard.global_offset):
+        whole = whole.narrow(dim, start, shard.local_shape[dim])
+    return whole.to(shard.dtype)
