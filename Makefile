@@ -62,7 +62,7 @@ doctor: ## say what is installed, what is missing, and what will be used
 	@$(PYTHON_AT_HAND) tools/doctor.py
 
 clean: ## remove the environment, build outputs and caches; your runs stay
-	rm -rf $(VENV) build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 ifneq ($(READY),)
 # Written last, so that an interrupted installation starts again.
@@ -77,6 +77,8 @@ $(READY): requirements.txt pyproject.toml
 	    version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	    echo "make setup: $$python cannot make environments, its venv module is missing." >&2; \
 	    echo "On Debian and Ubuntu: sudo apt install python$$version-venv" >&2; exit 1; fi; \
+	if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ]; then \
+	    echo "make setup: $(VENV) exists and is no Python environment; name another: VENV=DIR" >&2; exit 1; fi; \
 	if ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
 	    echo "Making $(VENV) with $$($$python --version) ($$(command -v $$python))"; \
 	    $$python -m venv --clear $(VENV); fi
