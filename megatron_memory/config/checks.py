@@ -11,6 +11,7 @@ from megatron_memory.config.convert import problem_with
 from megatron_memory.config.flags import all_flags
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.config.schema import Config
+from megatron_memory.optional import OPTIONAL_PACKAGES
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -322,6 +323,6 @@ def _machine_problems(
             )
         elif asked and not has_transformer_engine:
             yield (
-                f"{flag} needs Transformer Engine, which is not installed: {alternative}, or "
-                'pip install --no-build-isolation "transformer-engine[pytorch]".'
+                f"{flag} needs Transformer Engine, which is not installed: {alternative}, or run "
+                f"{OPTIONAL_PACKAGES['te'].install}"
             )

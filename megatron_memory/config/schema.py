@@ -79,7 +79,7 @@ def _derive_memory(
 ) -> MemoryConfig:
     # A copy, so that one MemoryConfig can be used with models of several widths.
     memory = dataclasses.replace(memory)
-    ratio = optimizer.min_lr / optimizer.lr if optimizer.lr > 0 else 0.0
+    ratio = min(1.0, optimizer.min_lr / optimizer.lr) if optimizer.lr > 0 else 0.0
     fill_derived(memory, value_dim=model.hidden_size, value_min_lr=memory.value_lr * ratio)
     fill_derived(memory, key_dim=memory.value_dim // 2)
     return memory

@@ -1,0 +1,328 @@
+"""Every check over the configuration: its message names the flags, the values and the mend."""
+
+import dataclasses
+
+import pytest
+
+from megatron_memory.config import check_config, check_machine
+from megatron_memory.exceptions import ConfigurationError
+from tests.config.helpers import parse
+
+
+def problem(arguments: str, world_size: int = 1, without: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigurationError) as error:
+        check_config(parse(arguments, without), world_size)
+    return str(error.value)
+
+
+def assert_one_problem(message: str, parts: tuple[str, ...]) -> None:
+    assert "problems:" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size"),
+    [
+        ("", 1),
+        ("", 8),
+        ("--tensor-model-parallel-size 2 --sequence-parallel", 4),
+        ("--tensor-model-parallel-size 4 --num-query-groups 2", 4),
+        ("--memory-layers 0,3 --memory-variant peer --tensor-model-parallel-size 4", 4),
+        ("--memory-layers centered:2:2 --memory-value-dim 48 --memory-top-k 4", 2),
+        ("--num-experts 4 --expert-model-parallel-size 2", 4),
+        ("--num-experts 4 --tensor-model-parallel-size 2 --sequence-parallel", 2),
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 4", 1),
+        ("--recompute-activations --recompute-modules core_attn mlp", 1),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 90 --lr-warmup-iters 10", 1),
+        (
+            "--weight-decay-incr-style linear --start-weight-decay 0.01 --end-weight-decay 0.1",
+            1,
+        ),
+        ("--optimizer sgd --overlap-grad-reduce", 2),
+        ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 2),
+        ("--save a --save-interval 5 --keep-last 2 --async-save --load a --finetune", 1),
+        ("--split 90,5,5", 1),
+    ],
+)
+def test_what_works_passes(arguments, world_size):
+    check_config(parse(arguments), world_size)
+
+
+def test_a_dry_run_needs_no_data():
+    check_config(parse("--dry-run", without=["--data-path"]), 1)
+    check_config(parse("--train-data-path a --valid-data-path b", without=["--data-path"]), 1)
+    check_config(parse("--vocab-size 100", without=["--tokenizer-type"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            "--hidden-size 66",
+            ("--hidden-size 66", "--num-attention-heads 4", "--kv-channels"),
+        ),
+        (
+            "--num-query-groups 3",
+            ("--num-attention-heads 4", "--num-query-groups 3", "divisor of the heads"),
+        ),
+        (
+            "--position-embedding-type rope --kv-channels 15",
+            ("--kv-channels 15", "--rotary-percent 1.0", "Make it even"),
+        ),
+        (
+            "--position-embedding-type rope --rotary-percent 0.2",
+            ("--kv-channels 16", "--rotary-percent 0.2", "Make it even"),
+        ),
+        (
+            "--max-position-embeddings 31",
+            ("--seq-length 32", "--max-position-embeddings 31", "at least 32"),
+        ),
+        (
+            "--num-experts 2 --moe-router-topk 3",
+            ("--moe-router-topk 3", "--num-experts 2", "Lower it"),
+        ),
+        (
+            "--expert-model-parallel-size 1 --num-experts 1",
+            ("--moe-router-topk 2", "--num-experts 1"),
+        ),
+    ],
+)
+def test_model(arguments, parts):
+    assert_one_problem(problem(arguments), parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            "--expert-model-parallel-size 2",
+            ("--expert-model-parallel-size 2", "give --num-experts"),
+        ),
+        (
+            "--num-experts 3 --expert-model-parallel-size 2",
+            ("--num-experts 3", "--expert-model-parallel-size 2", "divisor of the experts"),
+        ),
+        (
+            "--num-experts 4 --tensor-model-parallel-size 2",
+            ("--num-experts 4", "--tensor-model-parallel-size 2", "only with --sequence-parallel"),
+        ),
+    ],
+)
+def test_experts(arguments, parts):
+    assert_one_problem(problem(arguments, world_size=4), parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            "--recompute-granularity full",
+            ("--recompute-granularity full", "--recompute-method uniform"),
+        ),
+        (
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 5",
+            ("--recompute-num-layers 5", "--num-layers 4", "lower it"),
+        ),
+        ("--recompute-num-layers 1", ("--recompute-num-layers", "not given")),
+        (
+            "--recompute-method block --recompute-activations",
+            ("--recompute-method", "it is selective"),
+        ),
+        ("--recompute-modules mlp", ("--recompute-modules mlp", "not given")),
+        (
+            "--recompute-activations --recompute-modules mlp moe",
+            ("--recompute-modules moe", "--num-experts"),
+        ),
+        (
+            "--recompute-activations --recompute-modules moe_act --num-experts 2",
+            ("--recompute-modules moe_act", "--moe-grouped-gemm"),
+        ),
+    ],
+)
+def test_recompute(arguments, parts):
+    assert_one_problem(problem(arguments), parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--min-lr 0.1", ("--min-lr 0.1", "--lr 0.001", "lower it")),
+        (
+            "--lr-warmup-fraction 0.1 --lr-warmup-iters 5",
+            ("--lr-warmup-fraction 0.1", "--lr-warmup-iters 5", "give one"),
+        ),
+        (
+            "--lr-warmup-iters 100",
+            ("--lr-warmup-iters 100", "--lr-decay-iters 100", "fewer iterations"),
+        ),
+        ("--lr-warmup-init 0.01", ("--lr-warmup-init 0.01", "--lr 0.001", "lower it")),
+        (
+            "--memory-layers 1 --lr 1 --lr-warmup-init 0.01",
+            ("--lr-warmup-init 0.01", "--memory-value-lr 0.001", "lower it"),
+        ),
+        ("--lr-decay-style WSD", ("--lr-decay-style WSD", "--lr-wsd-decay-iters")),
+        (
+            "--lr-wsd-decay-iters 5",
+            ("--lr-wsd-decay-iters 5", "--lr-decay-style WSD", "it is linear"),
+        ),
+        (
+            "--lr-decay-style WSD --lr-warmup-iters 20 --lr-wsd-decay-iters 90",
+            ("--lr-wsd-decay-iters 90", "the 80 iterations", "--lr-decay-iters 100"),
+        ),
+    ],
+)
+def test_schedule(arguments, parts):
+    assert_one_problem(problem(arguments), parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            "--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1",
+            ("--start-weight-decay 0.2", "--end-weight-decay 0.1", "lower it"),
+        ),
+        (
+            "--end-weight-decay 0.1",
+            ("--start-weight-decay 0.01", "--end-weight-decay 0.1", "linear or cosine"),
+        ),
+        (
+            "--override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
+            ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"),
+        ),
+        (
+            "--optimizer sgd --use-distributed-optimizer",
+            ("--optimizer sgd", "--use-distributed-optimizer", "leave one"),
+        ),
+    ],
+)
+def test_optimizer(arguments, parts):
+    assert_one_problem(problem(arguments), parts)
+
+
+@pytest.mark.parametrize(
+    ("flag", "missing"),
+    [
+        ("--save-interval 5", "--save"),
+        ("--keep-last 2", "--save"),
+        ("--async-save", "--save"),
+        ("--no-save-optim", "--save"),
+        ("--no-save-rng", "--save"),
+        ("--finetune", "--load"),
+        ("--exit-on-missing-checkpoint", "--load"),
+        ("--no-load-optim", "--load"),
+        ("--no-load-rng", "--load"),
+    ],
+)
+def test_checkpoints(flag, missing):
+    assert_one_problem(problem(flag), (f"{flag} has no effect without {missing}: give",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "without", "parts"),
+    [
+        ("", ("--tokenizer-type",), ("--tokenizer-type", "--tokenizer-model FOLDER")),
+        ("", ("--data-path",), ("--data-path is missing", "tools/preprocess_data.py")),
+        (
+            "--valid-data-path b",
+            (),
+            ("--data-path corpus_text_document", "--valid-data-path b", "choose one way"),
+        ),
+        (
+            "--test-data-path b",
+            ("--data-path",),
+            ("--test-data-path b", "needs --train-data-path"),
+        ),
+        (
+            "--train-data-path a --split 9,1",
+            ("--data-path",),
+            ("--split 9,1", "--data-path", "leave"),
+        ),
+        ("--split many", (), ("--split 'many'", "three numbers", "969, 30, 1")),
+        ("--split 1,2,3,4", (), ("--split '1,2,3,4'", "three numbers")),
+        ("--split 0,0,0", (), ("--split '0,0,0'", "three numbers")),
+        ("--split 2,-1", (), ("--split '2,-1'", "three numbers")),
+    ],
+)
+def test_data(arguments, without, parts):
+    assert_one_problem(problem(arguments, without=without), parts)
+
+
+def test_bounds_hold_for_configurations_made_without_flags():
+    config = parse()
+    broken = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, micro_batch_size=0)
+    )
+    with pytest.raises(ConfigurationError, match="--micro-batch-size is 0: it must be at least 1"):
+        check_config(broken, 1)
+
+
+def test_everything_wrong_is_said_at_once():
+    message = problem("--memory-layers 9 --memory-top-k 2000 --min-lr 1")
+    assert "has 3 problems" in message
+    for flag in ("--memory-layers 9", "--memory-top-k 2000", "--min-lr 1.0"):
+        assert flag in message
+
+
+GPU_MACHINE = {"num_gpus": 2, "local_world_size": 2, "has_transformer_engine": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "machine"),
+    [
+        ("", {}),
+        ("--device cuda --transformer-impl transformer_engine --moe-grouped-gemm", {}),
+        ("--distributed-backend nccl", {}),
+        ("--device cpu --distributed-backend gloo", {"local_world_size": 5}),
+        ("", {"num_gpus": 0, "has_transformer_engine": False, "local_world_size": 5}),
+    ],
+)
+def test_what_the_machine_has_passes(arguments, machine):
+    check_machine(parse(arguments), **(GPU_MACHINE | machine))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "machine", "parts"),
+    [
+        (
+            "--device cuda",
+            {"num_gpus": 0},
+            ("--device cuda", "none is visible", "--device cpu"),
+        ),
+        (
+            "",
+            {"local_world_size": 3},
+            ("3 processes", "2 GPUs", "--nproc-per-node 2"),
+        ),
+        (
+            "--distributed-backend nccl",
+            {"num_gpus": 0},
+            ("--distributed-backend nccl", "gloo"),
+        ),
+        (
+            "--distributed-backend nccl --device cpu",
+            {},
+            ("--distributed-backend nccl", "gloo"),
+        ),
+        (
+            "--transformer-impl transformer_engine",
+            {"has_transformer_engine": False},
+            ("--transformer-impl transformer_engine", "not installed", "pip install"),
+        ),
+        (
+            "--transformer-impl transformer_engine --device cpu",
+            {},
+            ("--transformer-impl transformer_engine", "on the CPU", "--transformer-impl local"),
+        ),
+        (
+            "--moe-grouped-gemm --num-experts 2",
+            {"num_gpus": 0},
+            ("--moe-grouped-gemm", "on the CPU", "leave it away"),
+        ),
+    ],
+)
+def test_what_the_machine_lacks(arguments, machine, parts):
+    with pytest.raises(ConfigurationError) as error:
+        check_machine(parse(arguments), **(GPU_MACHINE | machine))
+    assert_one_problem(str(error.value), parts)

@@ -1,0 +1,72 @@
+"""Checks of the memory layers' settings."""
+
+import pytest
+
+from megatron_memory.config import check_config
+from tests.config.helpers import parse
+from tests.config.test_checks import assert_one_problem, problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--memory-layers 4", ("--memory-layers 4", "--num-layers 4")),
+        ("--memory-layers 1,x", ("--memory-layers 1,x",)),
+        ("--memory-layers 1,1", ("--memory-layers 1,1", "twice")),
+        ("--memory-layers 1 --memory-key-dim 7", ("--memory-key-dim 7", "odd", "Choose 8")),
+        (
+            "--memory-layers 1 --memory-value-dim 6",
+            ("--memory-key-dim 3", "odd", "Choose 4"),
+        ),
+        (
+            "--memory-layers 1 --memory-top-k 17 --memory-num-half-keys 16",
+            ("--memory-top-k 17", "--memory-num-half-keys 16", "Lower the first"),
+        ),
+        (
+            "--memory-layers 1 --memory-num-half-keys 4 --memory-top-k 4 "
+            "--memory-num-random-values 17",
+            ("--memory-num-random-values 17", "16 rows", "--memory-num-half-keys 4", "lower it"),
+        ),
+        (
+            "--memory-layers 1 --memory-variant peer --memory-value-dim 48",
+            ("--memory-value-dim 48", "--hidden-size 64", "--memory-variant peer"),
+        ),
+        (
+            "--memory-layers 1 --num-experts 4",
+            ("--memory-layers 1", "--num-experts 4", "leave one"),
+        ),
+        (
+            "--memory-layers 1 --memory-parallel-size 2",
+            ("--memory-parallel-size 2", "not built yet", "Use 1"),
+        ),
+        (
+            "--memory-layers 1 --memory-value-min-lr 1",
+            ("--memory-value-min-lr 1.0", "--memory-value-lr 0.001", "lower it"),
+        ),
+    ],
+)
+def test_memory(arguments, parts):
+    assert_one_problem(problem(arguments), parts)
+
+
+@pytest.mark.parametrize(
+    ("value_dim", "ranks", "mend"), [(50, 4, "48 or 52"), (66, 4, "64 or 68"), (2, 4, "4")]
+)
+def test_columns_that_cannot_be_split(value_dim, ranks, mend):
+    message = problem(
+        f"--memory-layers 1 --memory-value-dim {value_dim} --memory-key-dim 8 "
+        f"--tensor-model-parallel-size {ranks}",
+        world_size=4,
+    )
+    assert_one_problem(
+        message,
+        (
+            f"--memory-value-dim {value_dim}",
+            f"--tensor-model-parallel-size {ranks}",
+            f"Choose for example {mend}.",
+        ),
+    )
+
+
+def test_settings_of_a_memory_that_is_turned_off_do_not_matter():
+    check_config(parse("--memory-layers none --memory-key-dim 7 --num-experts 2"), 1)

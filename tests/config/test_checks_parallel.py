@@ -1,0 +1,97 @@
+"""Checks of the parallel sizes."""
+
+import pytest
+
+from tests.config.test_checks import assert_one_problem, problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "parts"),
+    [
+        (
+            "--pipeline-model-parallel-size 2",
+            2,
+            ("--pipeline-model-parallel-size 2", "not built yet", "use 1"),
+        ),
+        (
+            "--context-parallel-size 2",
+            2,
+            ("--context-parallel-size 2", "not built yet", "use 1"),
+        ),
+        (
+            "--num-attention-heads 6 --hidden-size 48 --tensor-model-parallel-size 4 "
+            "--num-query-groups 2",
+            4,
+            ("--num-attention-heads 6", "--tensor-model-parallel-size 4", "multiple of 4"),
+        ),
+        (
+            "--ffn-hidden-size 30 --tensor-model-parallel-size 4",
+            4,
+            ("--ffn-hidden-size 30", "--tensor-model-parallel-size 4", "multiple of 4"),
+        ),
+        (
+            "--num-experts 4 --moe-ffn-hidden-size 30 --tensor-model-parallel-size 4 "
+            "--sequence-parallel",
+            4,
+            ("--moe-ffn-hidden-size 30", "--tensor-model-parallel-size 4", "multiple of 4"),
+        ),
+        (
+            "--num-attention-heads 12 --hidden-size 96 --num-query-groups 6 "
+            "--tensor-model-parallel-size 4",
+            4,
+            ("--num-query-groups 6", "--tensor-model-parallel-size 4", "change one"),
+        ),
+        (
+            "--sequence-parallel",
+            1,
+            ("--sequence-parallel", "--tensor-model-parallel-size is 1", "--no-sequence-parallel"),
+        ),
+        (
+            "--sequence-parallel --tensor-model-parallel-size 4 --seq-length 30",
+            4,
+            ("--seq-length 30", "--tensor-model-parallel-size 4", "multiple of 4"),
+        ),
+        (
+            "--overlap-param-gather --overlap-grad-reduce",
+            2,
+            ("--overlap-param-gather", "needs --use-distributed-optimizer"),
+        ),
+        (
+            "--overlap-param-gather --use-distributed-optimizer",
+            2,
+            ("--overlap-param-gather", "needs --overlap-grad-reduce"),
+        ),
+        (
+            "--tensor-model-parallel-size 2",
+            3,
+            ("3 processes", "--tensor-model-parallel-size 2", "multiple of 2"),
+        ),
+        (
+            "--tensor-model-parallel-size 4",
+            2,
+            ("2 processes", "--tensor-model-parallel-size 4", "multiple of 4"),
+        ),
+        (
+            "--num-experts 4 --expert-model-parallel-size 4",
+            2,
+            ("2 processes", "2 data-parallel ranks", "--expert-model-parallel-size 4"),
+        ),
+        (
+            "--micro-batch-size 3 --global-batch-size 8",
+            2,
+            (
+                "--global-batch-size 8",
+                "--micro-batch-size 3",
+                "2 data-parallel ranks",
+                "multiple of 6",
+            ),
+        ),
+        (
+            "--micro-batch-size 4 --global-batch-size 2",
+            1,
+            ("--global-batch-size 2", "--micro-batch-size 4", "multiple of 4"),
+        ),
+    ],
+)
+def test_parallel_sizes(arguments, world_size, parts):
+    assert_one_problem(problem(arguments, world_size), parts)
