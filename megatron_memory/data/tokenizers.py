@@ -126,8 +126,9 @@ def end_of_document(tokenizer: MegatronTokenizerBase) -> int:
     eod = tokenizer.eod
     if eod is None or eod < 0:
         raise DataError(
-            f"--tokenizer-model {tokenizer.path}: has no end-of-sequence token to end documents "
-            "with. Set eos_token in its tokenizer_config.json (SentencePiece: train it with an "
+            f"--tokenizer-model {tokenizer.path}: has no end-of-sequence token, which "
+            "--append-eod, --reset-position-ids, --reset-attention-mask and --eod-mask-loss need. "
+            "Set eos_token in its tokenizer_config.json (SentencePiece: train it with an "
             "eos_id), or use another tokenizer"
         )
     return int(eod)

@@ -8,9 +8,7 @@ from typing import TextIO
 class Progress:
     """Counts documents and bytes, and prints rates and the time left."""
 
-    def __init__(
-        self, total_bytes: int, log_interval: int, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, total_bytes: int, log_interval: int, stream: TextIO | None = None) -> None:
         """
         Args:
             total_bytes: size of all inputs as they lie on disk.

@@ -1,0 +1,168 @@
+"""megatron-core's GPT and blended datasets with an index cache that every node can fill.
+
+megatron-core builds the cache on rank 0 alone, so nodes without a shared disk never get theirs; it
+writes the files in place, so that a crash leaves half of one; and its key ignores the data, so
+that a dataset made again under its old name is read with the old index. Sample order is its own.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_memory.exceptions import DataError
+
+Arrays = tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass
+class TokenDatasetConfig(GPTDatasetConfig):
+    """megatron-core's configuration, and what it lacks."""
+
+    padded_vocab_size: int = 0
+    """Token ids must be below this."""
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Prefix of each dataset -> the fingerprint of its content."""
+
+
+class TokenDataset(GPTDataset):
+    """GPTDataset that fills its cache where it is missing and checks the token ids it reads."""
+
+    config: TokenDatasetConfig
+
+    def _build_document_sample_shuffle_indices(self) -> Arrays:
+        directory = self.config.path_to_cache
+        if directory is None:
+            # megatron-core's own place for it, beside the data.
+            directory = os.path.join(self.dataset.path_prefix, "cache", "GPTDataset_indices")
+        key = _cache_key(
+            self.unique_description, self.config.fingerprints[self.dataset.path_prefix]
+        )
+        with _built_in_memory(self, "megatron.core.datasets.gpt_dataset"):
+            return _load_or_build(
+                directory,
+                f"{key}-{self.index_split.name}",
+                ("document_index", "sample_index", "shuffle_index"),
+                super()._build_document_sample_shuffle_indices,
+            )
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, documents = super()._query_document_sample_shuffle_indices(idx)
+        largest = int(tokens.max())
+        if largest >= self.config.padded_vocab_size or tokens.min() < 0:
+            raise DataError(
+                f"{self.dataset.path_prefix}.bin: a sample of documents {documents[:3].tolist()} "
+                f"has token ids from {int(tokens.min())} to {largest}, but the model has "
+                f"{self.config.padded_vocab_size} entries. The data was made with another "
+                "tokenizer: preprocess it with this run's --tokenizer-model, or raise --vocab-size"
+            )
+        return tokens, documents
+
+
+class CachedBlendedDataset(BlendedDataset):
+    """BlendedDataset with the same kind of cache; without --data-cache-path it has none."""
+
+    config: TokenDatasetConfig
+
+    def _build_indices(self) -> Arrays:
+        directory = self.config.path_to_cache
+        with _built_in_memory(self, "megatron.core.datasets.blended_dataset"):
+            if directory is None:
+                return super()._build_indices()
+            lengths = ",".join(str(len(dataset)) for dataset in self.datasets)
+            return _load_or_build(
+                directory,
+                f"{_cache_key(self.unique_description, lengths)}-{self.split.name}",
+                ("dataset_index", "dataset_sample_index"),
+                super()._build_indices,
+            )
+
+
+class TokenDatasetBuilder(BlendedMegatronDatasetBuilder):
+    """Builds the two classes above on the calling rank alone; node_order says whose turn it is."""
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Callable, is_built_on_rank: Callable, synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        return (CachedBlendedDataset if cls is BlendedDataset else cls)(*args)
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: list, sizes_per_dataset: list[list[int]]
+    ) -> list[list]:
+        datasets: list[list] = [[] for _ in Split]
+        for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True):
+            built = self._build_megatron_dataset_splits(prefix, split, sizes)
+            for of_split, dataset in zip(datasets, built, strict=True):
+                of_split.append(dataset)
+        return datasets
+
+
+def _cache_key(description: str, content: str) -> str:
+    return hashlib.sha256(f"{description}\n{content}".encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _built_in_memory(dataset: GPTDataset | BlendedDataset, logger_name: str) -> Iterator[None]:
+    """megatron-core neither looks for a cache nor writes one while its path is empty."""
+    original = dataset.config
+    dataset.config = copy.copy(original)
+    dataset.config.path_to_cache = ""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    # It warns that nothing is cached, which is what `_load_or_build` is about to do.
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        dataset.config = original
+        logger.setLevel(level)
+
+
+def _load_or_build(
+    directory: str, key: str, names: tuple[str, ...], build: Callable[[], Arrays]
+) -> Arrays:
+    paths = [os.path.join(directory, f"{key}-{name}.npy") for name in names]
+    if not all(map(os.path.isfile, paths)):
+        arrays = build()
+        try:
+            os.makedirs(directory, exist_ok=True)
+            for path, array in zip(paths, arrays, strict=True):
+                _save(path, array)
+        except OSError as error:
+            raise DataError(
+                f"{directory}: the index of the samples cannot be written there "
+                f"({error.strerror}). Give a directory with room that can be written to: "
+                "--data-cache-path DIR"
+            ) from error
+    return tuple(map(_load, paths))
+
+
+def _save(path: str, array: np.ndarray) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _load(path: str) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(
+            f"{path}: a damaged file of the index cache ({error}). Delete it; it is built again"
+        ) from error
