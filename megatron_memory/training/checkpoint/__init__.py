@@ -1,0 +1,11 @@
+"""Checkpoints: megatron-core's distributed format, published so that a crash leaves the previous one.
+
+    SAVE/latest_checkpointed_iteration.txt    the newest complete checkpoint (the tracker)
+    SAVE/config.yaml                          the configuration of the run that wrote it
+    SAVE/iter_0000010/                        one checkpoint, with a config.yaml of its own
+    SAVE/iter_0000020.incomplete/             being written, or left behind by a crash
+
+`folders` knows these names, `integrity` tells whole checkpoints from damaged ones, `architecture`
+compares a checkpoint's model with this run's, `state` is what is saved, `rng_state` the generators'
+part of it, `saver` and `loader` are the two directions, `writer_queue` serves the writing processes.
+"""

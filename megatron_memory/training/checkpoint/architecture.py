@@ -1,0 +1,132 @@
+"""Does a checkpoint hold the model that this run describes: compared from the configurations alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_memory.config import Config, MemoryConfig, load_config
+from megatron_memory.config.flags import all_flags
+from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.memory.placement import resolve_memory_layers
+from megatron_memory.training.checkpoint.folders import CONFIG_FILE
+
+# What decides which tensors there are, their shapes, or what their numbers mean.
+_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_interleaved",
+    "normalization",
+    "swiglu",
+    "disable_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+    "num_experts",
+)
+_EXPERTS = ("moe_layer_freq", "moe_ffn_hidden_size")
+_MEMORY = (
+    "variant",
+    "num_heads",
+    "num_half_keys",
+    "key_dim",
+    "value_dim",
+    "gated",
+    "qk_norm",
+    "softmax_sink",
+    "share_scope",
+)
+# The same tensors fit, but the model computes something else: possible on purpose, so only said.
+_COMPUTATION = (
+    ("model", "rotary_base"),
+    ("model", "norm_epsilon"),
+    ("memory", "top_k"),
+    ("model", "moe_router_topk"),
+)
+
+
+def saved_config(folder: Path) -> Config | None:
+    """The configuration that wrote a checkpoint; None where another program did.
+
+    Raises:
+        CheckpointError: the file is there but cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        return load_config(path)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def check_same_architecture(folder: Path, saved: Config, ours: Config) -> list[str]:
+    """Compare two configurations' models.
+
+    Returns:
+        differences that change the computation but not the tensors, to be told.
+
+    Raises:
+        CheckpointError: the models differ in their tensors; names every setting that does.
+    """
+    differing = list(_differences(saved, ours))
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds a model of another architecture: {'; '.join(differing)}. Give these "
+            f"flags the checkpoint's values (all are in {folder / CONFIG_FILE}), or load another one"
+        )
+    return [
+        _difference(component, name, saved, ours)
+        for component, name in _COMPUTATION
+        if _value(saved, component, name) != _value(ours, component, name)
+    ]
+
+
+def _differences(saved: Config, ours: Config) -> Iterator[str]:
+    names = [("model", name) for name in _MODEL]
+    if saved.model.num_experts and ours.model.num_experts:
+        names += [("model", name) for name in _EXPERTS]
+    if ours.model.position_embedding_type == "learned_absolute":
+        names.append(("model", "max_position_embeddings"))
+    their_layers, our_layers = (_layers(config) for config in (saved, ours))
+    if their_layers != our_layers:
+        yield f"--memory-layers {_shown(their_layers)} there, {_shown(our_layers)} here"
+    if their_layers and our_layers:
+        names += [("memory", name) for name in _MEMORY]
+    for component, name in names:
+        if _value(saved, component, name) != _value(ours, component, name):
+            yield _difference(component, name, saved, ours)
+
+
+def _layers(config: Config) -> str | None:
+    memory: MemoryConfig = config.memory
+    if memory.layers is None:
+        return None
+    layers = resolve_memory_layers(memory.layers, config.model.num_layers)
+    return ",".join(map(str, layers))
+
+
+def _difference(component: str, name: str, saved: Config, ours: Config) -> str:
+    there, here = (_shown(_value(config, component, name)) for config in (saved, ours))
+    return f"{_flag(component, name)} {there} there, {here} here"
+
+
+def _value(config: Config, component: str, name: str) -> Any:
+    return getattr(getattr(config, component), name)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _flag(component: str, name: str) -> str:
+    return next(
+        flag.spelled
+        for flag in all_flags().values()
+        if flag.component == component and flag.field.name == name
+    )

@@ -1,0 +1,145 @@
+"""The names in a checkpoint directory, and the order in which they appear and disappear.
+
+Nothing here needs torch. Only one process may publish or prune.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron_memory.exceptions import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG_FILE = "config.yaml"
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_INCOMPLETE = ".incomplete"
+_REPLACED = ".replaced"
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is once it is complete."""
+    return root / f"iter_{iteration:07d}"
+
+
+def incomplete_folder(root: Path, iteration: int) -> Path:
+    """Where it is while it is written."""
+    folder = iteration_folder(root, iteration)
+    return folder.with_name(folder.name + _INCOMPLETE)
+
+
+def iteration_of(folder: Path) -> int | None:
+    """The iteration that a folder's name says; None for other folders."""
+    match = _ITERATION.fullmatch(folder.name.removesuffix(_REPLACED))
+    return int(match[1]) if match else None
+
+
+def saved_iterations(root: Path) -> list[int]:
+    """Iterations with a published checkpoint, ascending."""
+    if not root.is_dir():
+        return []
+    found = {iteration_of(folder) for folder in root.iterdir() if folder.is_dir()}
+    return sorted(iteration for iteration in found if iteration is not None)
+
+
+def published_folder(root: Path, iteration: int) -> Path:
+    """The folder of a published checkpoint, also where a crash interrupted its replacement."""
+    folder = iteration_folder(root, iteration)
+    replaced = folder.with_name(folder.name + _REPLACED)
+    return replaced if replaced.is_dir() and not folder.is_dir() else folder
+
+
+def read_tracker(root: Path) -> int | None:
+    """The newest complete iteration; None where no checkpoint was ever completed.
+
+    Raises:
+        CheckpointError: the tracker does not hold a number.
+    """
+    try:
+        text = (root / TRACKER).read_text("utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{root / TRACKER} cannot be read: {error}") from error
+    if not text.isdecimal():
+        raise CheckpointError(
+            f"{root / TRACKER} says {text[:40]!r}, which is not an iteration. Write the iteration of "
+            f"a complete checkpoint into it: {_listed(saved_iterations(root))}"
+        )
+    return int(text)
+
+
+def _listed(iterations: list[int]) -> str:
+    return ", ".join(map(str, iterations)) or "there is none"
+
+
+def begin(root: Path, iteration: int) -> Path:
+    """An empty folder to write a checkpoint into; leftovers of an interrupted one are removed."""
+    folder = incomplete_folder(root, iteration)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(root: Path, iteration: int) -> Path:
+    """Give a completely written checkpoint its name, then point the tracker to it."""
+    incomplete, folder = incomplete_folder(root, iteration), iteration_folder(root, iteration)
+    _sync_to_disk(incomplete)
+    replaced = folder.with_name(folder.name + _REPLACED)
+    if folder.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.rename(folder, replaced)
+    os.rename(incomplete, folder)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    _write_tracker(root, iteration)
+    return folder
+
+
+def _write_tracker(root: Path, iteration: int) -> None:
+    temporary = root / f".{TRACKER}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(f"{iteration}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, root / TRACKER)
+    _sync(root)
+
+
+def _sync_to_disk(folder: Path) -> None:
+    """The tensors' writers have synced their files; the small ones and the folder itself remain."""
+    for file in folder.iterdir():
+        if file.suffix != ".distcp":
+            _sync(file)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(root: Path, keep_last: int, newest: int) -> list[int]:
+    """Delete all but the `keep_last` newest checkpoints up to iteration `newest`.
+
+    Checkpoints after it belong to another run of the same directory and stay.
+
+    Returns:
+        the iterations deleted.
+    """
+    doomed = [i for i in saved_iterations(root) if i <= newest][:-keep_last]
+    for iteration in doomed:
+        folder = published_folder(root, iteration)
+        # Renamed first, so that a checkpoint half deleted does not look like a whole one.
+        leftover = incomplete_folder(root, iteration)
+        if leftover.exists():
+            shutil.rmtree(leftover)
+        os.rename(folder, leftover)
+        shutil.rmtree(leftover)
+    return doomed

@@ -1,0 +1,271 @@
+"""Finding and loading checkpoints, on the layout that wrote them or another."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_memory.config import Config
+from megatron_memory.exceptions import CheckpointError
+from megatron_memory.runtime.distributed import seed_everything
+from megatron_memory.training.checkpoint import folders, rng_state, state
+from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_on_all
+from megatron_memory.training.checkpoint.architecture import check_same_architecture, saved_config
+from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
+from megatron_memory.training.checkpoint.schedule import load_optimizer, load_schedule
+from megatron_memory.training.checkpoint.state import Position
+from megatron_memory.training.setup import TrainingSetup, unwrap
+
+Notify = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint that is whole and holds this run's model."""
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]]
+    """Global shapes of its tensors."""
+    common: dict[str, Any]
+    """Its plain values."""
+    notes: list[str]
+    """Differences to tell the user."""
+
+
+def locate(load: Path) -> Path | None:
+    """The checkpoint that `--load` means: the tracker's, or the iteration folder itself.
+
+    Returns:
+        None where there is none at all.
+
+    Raises:
+        CheckpointError: the tracker is damaged, or is missing although there are checkpoints.
+    """
+    if folders.iteration_of(load) is not None:
+        return load
+    iteration = folders.read_tracker(load)
+    if iteration is not None:
+        return folders.published_folder(load, iteration)
+    if folders.saved_iterations(load):
+        raise CheckpointError(
+            f"--load {load}: there are checkpoints, but {folders.TRACKER} is missing, which names the "
+            f"newest complete one.{_loadable_instead(load)}"
+        )
+    return None
+
+
+def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None:
+    """Locate a checkpoint and check it, on one rank and without torch.distributed.
+
+    Returns:
+        None where there is none at all.
+
+    Raises:
+        CheckpointError: it is damaged (and which older one is not), or of another architecture.
+    """
+    folder = locate(load)
+    if folder is None:
+        return None
+    try:
+        metadata = check_whole(folder)
+        common = _read_common(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"--load {load}: {error}.{_loadable_instead(folder.parent)}") from error
+    saved = saved_config(folder)
+    notes = [] if saved is None else check_same_architecture(folder, saved, config)
+    if common.get("vocab_size", vocab_size) != vocab_size:
+        raise CheckpointError(
+            f"{folder} was trained with {common['vocab_size']} tokens, and the tokenizer of this run "
+            f"(or --vocab-size) has {vocab_size}. Use the tokenizer it was trained with"
+        )
+    return Found(folder=folder, shapes=tensor_shapes(metadata), common=common, notes=notes)
+
+
+def _read_common(folder: Path) -> dict[str, Any]:
+    try:
+        return torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'common.pt'} is damaged: {error}") from error
+
+
+def _loadable_instead(root: Path) -> str:
+    """Which checkpoint to load where another one cannot be."""
+    for iteration in reversed(folders.saved_iterations(root)):
+        folder = folders.published_folder(root, iteration)
+        with contextlib.suppress(CheckpointError):
+            check_whole(folder)
+            return f" Complete is iteration {iteration}: --load {folder}"
+    return f" There is no complete checkpoint in {root}"
+
+
+def load_checkpoint(setup: TrainingSetup, vocab_size: int, notify: Notify) -> Position:
+    """Load what `--load` names into the model, the optimizer, the schedule and the generators.
+
+    A collective call. `notify` receives a line for whatever is left out.
+
+    Returns:
+        where the training goes on; the start where nothing was loaded, or with `--finetune`.
+
+    Raises:
+        CheckpointError: on every rank; see `find_checkpoint`.
+    """
+    checkpoint = setup.config.checkpoint
+    if checkpoint.load is None:
+        return Position()
+    load = Path(checkpoint.load)
+    found = ask_first_rank(lambda: find_checkpoint(load, setup.config, vocab_size))
+    if found is None:
+        if checkpoint.exit_on_missing_checkpoint:
+            raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
+        notify(f"no checkpoint in {load}: starting from random weights")
+        return Position()
+    for note in found.notes:
+        notify(f"{found.folder} was trained with other settings: {note}")
+    if checkpoint.finetune:
+        _load_parts(setup, found, with_optimizer=False, with_generators=False)
+        notify(f"loaded the weights of {found.folder}")
+        return Position()
+    position = Position(
+        iteration=found.common["iteration"], consumed_samples=found.common["consumed_samples"]
+    )
+    _load_parts(
+        setup,
+        found,
+        with_optimizer=not checkpoint.no_load_optim,
+        with_generators=_generators_fit(setup, found, notify),
+    )
+    schedule = None if checkpoint.no_load_optim else found.common["opt_param_scheduler"]
+    load_schedule(setup, schedule, position.consumed_samples)
+    notify(f"loaded {found.folder}, iteration {position.iteration}")
+    return position
+
+
+def load_weights(model: list[torch.nn.Module], config: Config, vocab_size: int, load: Path) -> Path:
+    """Load the weights alone, for use without an optimizer; a collective call.
+
+    Args:
+        model: chunks of this rank, in Megatron's wrappers or not.
+        config: describes the model.
+        vocab_size: before padding.
+        load: a directory with checkpoints, or one checkpoint's folder.
+
+    Returns:
+        the checkpoint's folder.
+
+    Raises:
+        CheckpointError: see `find_checkpoint`; or there is no checkpoint.
+    """
+    found = ask_first_rank(lambda: find_checkpoint(load, config, vocab_size))
+    if found is None:
+        raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
+    wanted = state.sharded_model(model)
+    _apply_weights(model, _read_tensors(wanted, found))
+    return found.folder
+
+
+def _load_parts(
+    setup: TrainingSetup, found: Found, *, with_optimizer: bool, with_generators: bool
+) -> None:
+    model = state.sharded_model(setup.model)
+    wanted = dict(model)
+    if with_optimizer:
+        _require_optimizer(found)
+        wanted |= state.sharded_optimizer(setup, model, is_loading=True)
+    if with_generators:
+        wanted |= state.sharded_generators(setup)
+    loaded = _read_tensors(wanted, found)
+    _apply_weights(setup.model, loaded)
+    if with_optimizer:
+        load_optimizer(setup, loaded["optimizer"])
+    else:
+        setup.optimizer.reload_model_params()
+    if with_generators:
+        rng_state.restore(loaded["rng_state"], setup.backend.device)
+
+
+def _require_optimizer(found: Found) -> None:
+    if "optimizer" not in found.common:
+        raise CheckpointError(
+            f"{found.folder} holds no optimizer state (it was saved with --no-save-optim). Load it "
+            "with --no-load-optim, or with --finetune to start a new training from its weights"
+        )
+
+
+def _generators_fit(setup: TrainingSetup, found: Found, notify: Notify) -> bool:
+    """Whether to load the generators' states; where not, they are seeded for this iteration."""
+    if setup.config.checkpoint.no_load_rng:
+        return False
+    saved, ours = found.common["layout"], state.layout(setup.config)
+    reason = None
+    if not found.common["has_generators"]:
+        reason = "the checkpoint holds no generator states"
+    elif saved != ours:
+        changed = ", ".join(f"{n} {saved[n]} to {ours[n]}" for n in ours if saved[n] != ours[n])
+        reason = f"the layout changed ({changed})"
+    elif found.common["device"] != setup.backend.device.type:
+        reason = f"it was written on {found.common['device']}"
+    if reason is None:
+        return True
+    seed_everything(setup.config.training.seed + found.common["iteration"])
+    notify(f"random numbers are seeded anew: {reason}")
+    return False
+
+
+def _read_tensors(wanted: state.StateDict, found: Found) -> state.StateDict:
+    """Read this rank's part of what is wanted; a collective call."""
+    raise_on_all(_mismatch(wanted, found))
+    problem = None
+    with _weights_only():
+        try:
+            loaded = dist_checkpointing.load(wanted, str(found.folder))
+        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+            problem = f"{found.folder} cannot be read: {error}"
+    raise_on_all(problem)
+    return loaded
+
+
+def _mismatch(wanted: state.StateDict, found: Found) -> str | None:
+    differing = []
+    for key, shape in state.expected_shapes(wanted).items():
+        saved = found.shapes.get(key)
+        if saved is None:
+            differing.append(f"{key} is missing")
+        elif shape is not None and shape != saved:
+            differing.append(f"{key} is {list(saved)} there, {list(shape)} here")
+    if not differing:
+        return None
+    more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+    return (
+        f"{found.folder} holds another model or another optimizer: {'; '.join(differing[:8])}{more}. "
+        f"Compare its {folders.CONFIG_FILE} with the flags; --no-load-optim loads it without the "
+        "optimizer"
+    )
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch's checkpoint planner loads objects with weights_only=False; this overrules it."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _apply_weights(model: list[torch.nn.Module], loaded: state.StateDict) -> None:
+    names = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+    for name, chunk in zip(names, model, strict=True):
+        unwrap(chunk).load_state_dict(loaded[name], strict=True)

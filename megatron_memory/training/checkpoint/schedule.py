@@ -1,0 +1,89 @@
+"""Optimizer settings that stand both in the flags and in a checkpoint, and which of them count.
+
+The schedule's (learning rates, decay) must agree, unless `--override-opt-param-scheduler` takes the
+flags' or `--use-checkpoint-opt-param-scheduler` the checkpoint's. Adam's and SGD's own numbers are
+always the flags'.
+"""
+
+from typing import Any
+
+from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.setup import TrainingSetup
+
+_FLAGS = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_warmup_steps": "--lr-warmup-iters (x --global-batch-size)",
+    "lr_decay_steps": "--lr-decay-iters, else --train-iters (x --global-batch-size)",
+    "lr_decay_style": "--lr-decay-style",
+    "start_wd": "--start-weight-decay or --weight-decay",
+    "end_wd": "--end-weight-decay or --weight-decay",
+    "wd_incr_style": "--weight-decay-incr-style",
+    "wd_incr_steps": "--train-iters (x --global-batch-size)",
+}
+_GROUP_FLAGS = {
+    "max_lr": "--memory-value-lr or --lr",
+    "min_lr": "--memory-value-min-lr or --min-lr",
+    "start_wd": "--memory-value-weight-decay or --weight-decay",
+    "end_wd": "--memory-value-weight-decay or --weight-decay",
+}
+_UPDATE_RULE = ("betas", "eps", "momentum", "dampening", "nesterov")
+
+
+def load_optimizer(setup: TrainingSetup, loaded: dict[str, Any]) -> None:
+    """Load the optimizer's state; settings of its groups as the module says.
+
+    Raises:
+        CheckpointError: a group's schedule differs and no flag says which one counts.
+    """
+    settings = setup.config.optimizer
+    ours = [{k: v for k, v in g.items() if k != "params"} for g in setup.optimizer.param_groups]
+    setup.optimizer.load_state_dict(loaded)
+    for group, own in zip(setup.optimizer.param_groups, ours, strict=True):
+        _take(group, own, _UPDATE_RULE)
+        if settings.override_opt_param_scheduler:
+            _take(group, own, tuple(_GROUP_FLAGS))
+        elif not settings.use_checkpoint_opt_param_scheduler:
+            _require_equal(group, own, _GROUP_FLAGS)
+
+
+def _take(group: dict[str, Any], own: dict[str, Any], names: tuple[str, ...]) -> None:
+    group.update({name: own[name] for name in names if name in own})
+
+
+def load_schedule(setup: TrainingSetup, saved: dict[str, Any] | None, consumed_samples: int) -> None:
+    """Move the schedule to where the training goes on.
+
+    Args:
+        setup: of this rank; its optimizer is loaded.
+        saved: the checkpoint's schedule; None follows the flags alone.
+        consumed_samples: the schedule's unit.
+
+    Raises:
+        CheckpointError: the schedules differ and no flag says which one counts.
+    """
+    if saved is None:
+        setup.scheduler.step(consumed_samples)
+        return
+    settings, own = setup.config.optimizer, setup.scheduler.state_dict()
+    saved = dict(saved)
+    if saved["wd_incr_style"] == own["wd_incr_style"] == "constant":
+        # A longer training moves the end of a growth that does not take place.
+        saved["wd_incr_steps"] = own["wd_incr_steps"]
+    if not (settings.override_opt_param_scheduler or settings.use_checkpoint_opt_param_scheduler):
+        _require_equal(saved, own, _FLAGS)
+    setup.scheduler.load_state_dict(saved)
+
+
+def _require_equal(saved: dict[str, Any], own: dict[str, Any], flags: dict[str, str]) -> None:
+    differing = [
+        f"{flag} {saved.get(name)} there, {own.get(name)} here"
+        for name, flag in flags.items()
+        if saved.get(name) != own.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint was trained on another schedule: {'; '.join(differing)}. Add "
+            "--override-opt-param-scheduler to take the flags', or "
+            "--use-checkpoint-opt-param-scheduler to take the checkpoint's"
+        )

@@ -1,0 +1,105 @@
+"""What a checkpoint holds, as megatron-core's sharded state dict, with Megatron's names for its parts.
+
+| part | how it is stored |
+|---|---|
+| `model`, `optimizer` | whole tensors by name, each cut over the ranks: any layout can load them |
+| `rng_state` | one object a rank: for the same layout only |
+| `opt_param_scheduler`, `position`, `layout`, `vocab_size` | plain values, written by rank 0 |
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+from megatron_memory.config import Config
+from megatron_memory.training.checkpoint import rng_state
+from megatron_memory.training.setup import TrainingSetup, data_parallel_group, unwrap
+
+StateDict = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a training is."""
+
+    iteration: int = 0
+    """Optimizer steps taken."""
+    consumed_samples: int = 0
+    """Sequences of the training data that they used."""
+
+
+def sharded_model(model: list[torch.nn.Module]) -> StateDict:
+    """The weights of this rank's chunks of the model."""
+    names = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+    metadata = {"dp_cp_group": data_parallel_group()}
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(names, model, strict=True)
+    }
+
+
+def sharded_optimizer(setup: TrainingSetup, model: StateDict, *, is_loading: bool) -> StateDict:
+    """The optimizer's state; `model` is what `sharded_model` made."""
+    chunks = model["model"] if set(model) == {"model"} else model
+    metadata = content_metadata(setup.config) | {"dp_cp_group": data_parallel_group()}
+    return {
+        "optimizer": setup.optimizer.sharded_state_dict(
+            chunks, is_loading=is_loading, metadata=metadata
+        )
+    }
+
+
+def sharded_generators(setup: TrainingSetup) -> StateDict:
+    """The state of this rank's random-number generators."""
+    sizes, ranks = zip(
+        (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        ),
+        (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        ),
+        (data_parallel_group().size(), data_parallel_group().rank()),
+        strict=True,
+    )
+    state = rng_state.capture(setup.backend.device)
+    return {"rng_state": ShardedObject("rng_state", state, sizes, ranks)}
+
+
+def content_metadata(config: Config) -> dict[str, Any]:
+    """What a reader must know about the optimizer's part, in megatron-core's words."""
+    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True}
+    if config.parallel.use_distributed_optimizer:
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+    return metadata
+
+
+def layout(config: Config) -> dict[str, int]:
+    """The parallel sizes, which generators' states depend on."""
+    parallel = config.parallel
+    return {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "expert": parallel.expert_model_parallel_size,
+        "data": data_parallel_group().size(),
+        "sequence_parallel": int(parallel.sequence_parallel),
+    }
+
+
+def expected_shapes(state: StateDict) -> dict[str, tuple[int, ...] | None]:
+    """Global shape of every tensor that `state` asks for; None where any shape will do."""
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for value in nested_values(state):
+        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+        for part in parts:
+            if isinstance(part, ShardedTensor):
+                shape = None if part.allow_shape_mismatch else tuple(part.global_shape)
+                shapes[part.key] = shape
+    return shapes

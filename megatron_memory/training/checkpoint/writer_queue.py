@@ -1,0 +1,40 @@
+"""The process through which checkpoint writers hand their results to the training process.
+
+megatron-core starts it on the first save. Here it is started before the training, so that it does
+not inherit what the training process does with signals, and with two manners of its own: it ignores
+the signals that stop a training (Slurm sends them to every process of a job, and without it the
+last save would fail), and it ends when the training process dies.
+
+This module is imported by that process: it must stay light.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import wait
+from multiprocessing.managers import SyncManager
+
+
+def start_writer_queue() -> None:
+    """Give megatron-core's checkpoint writer its queue. Call once a process, before training."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is not None:
+        return
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(initializer=_become_server)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _become_server() -> None:
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the server of the writers' queue runs in a process of its own"
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(0)

@@ -1,0 +1,97 @@
+"""One run of the training program on one rank, from a checked configuration to the exit code."""
+
+import torch
+
+from megatron_memory.config import Config
+from megatron_memory.data.datasets import Datasets, build_datasets
+from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
+from megatron_memory.runtime import Backend
+from megatron_memory.runtime.distributed import initialize_distributed, shutdown_distributed
+from megatron_memory.training.checkpoint.loader import load_checkpoint
+from megatron_memory.training.checkpoint.saver import CheckpointSaver
+from megatron_memory.training.progress import Console
+from megatron_memory.training.setup import build_training_setup
+from megatron_memory.training.stopping import SignalCatcher
+from megatron_memory.training.trainer import OnStep, Trainer
+
+
+def run_training(config: Config, backend: Backend, on_step: OnStep | None = None) -> int:
+    """Train as the configuration says. Megatron must be prepared; a collective call.
+
+    Args:
+        config: checked for this run's world size.
+        backend: of this rank.
+        on_step: see `Trainer`.
+
+    Returns:
+        the exit code, see `Trainer.run`.
+
+    Raises:
+        ConfigurationError, DataError, CheckpointError, TrainingError: the first three before the
+            first step, on every rank alike.
+    """
+    signals = SignalCatcher()
+    signals.install()
+    initialize_distributed(config, backend)
+    console = Console(is_speaker=torch.distributed.get_rank() == 0)
+    tokenizer = tokenizer_of(config)
+    vocab_size = check_vocab_size(tokenizer, config.data.vocab_size)
+    padded = padded_vocab_size(
+        vocab_size,
+        config.data.make_vocab_size_divisible_by,
+        config.parallel.tensor_model_parallel_size,
+    )
+    datasets = _datasets(config, tokenizer, padded)
+    for line in datasets.summary:
+        console.say(line)
+    setup = build_training_setup(config, backend, padded)
+    position = load_checkpoint(setup, vocab_size, console.say)
+    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size)
+    trainer = Trainer(
+        setup,
+        datasets,
+        position,
+        saver=saver,
+        signals=signals,
+        console=console,
+        padded_vocab_size=padded,
+        on_step=on_step,
+    )
+    exit_code = trainer.run()
+    # torchrun ends all ranks as soon as one of them has ended with another code than 0.
+    torch.distributed.barrier()
+    shutdown_distributed()
+    return exit_code
+
+
+def tokenizer_of(config: Config):
+    """The tokenizer that the configuration names; plain numbers where it names none."""
+    data = config.data
+    if data.tokenizer_type is None:
+        assert data.vocab_size is not None, "check_config asks for a tokenizer or a vocabulary"
+        # Its end of document comes on top of the size it is given.
+        return build_tokenizer("NullTokenizer", vocab_size=data.vocab_size - 1)
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, vocab_size=data.vocab_size)
+
+
+def _datasets(config: Config, tokenizer, padded_vocab_size: int) -> Datasets:
+    data, training = config.data, config.training
+    batch = training.global_batch_size
+    return build_datasets(
+        tokenizer=tokenizer,
+        padded_vocab_size=padded_vocab_size,
+        seq_length=config.model.seq_length,
+        num_train_samples=training.train_iters * batch,
+        num_valid_samples=training.eval_iters * batch,
+        num_test_samples=training.eval_iters * batch,
+        seed=training.seed,
+        data_path=data.data_path,
+        split=data.split,
+        train_data_path=data.train_data_path,
+        valid_data_path=data.valid_data_path,
+        test_data_path=data.test_data_path,
+        data_cache_path=data.data_cache_path,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+    )

@@ -1,0 +1,229 @@
+"""The training loop: step, report, evaluate, save, stop."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_memory.data.datasets import Datasets, Samples
+from megatron_memory.data.loader import batch_iterator
+from megatron_memory.model.accounting import flops_per_token
+from megatron_memory.training.checkpoint.saver import CheckpointSaver
+from megatron_memory.training.checkpoint.state import Position
+from megatron_memory.training.metrics import Interval, Report
+from megatron_memory.training.progress import Console, duration, report_line
+from megatron_memory.training.setup import TrainingSetup, data_parallel_group
+from megatron_memory.training.step import Batch, StepResult, evaluate_loss, train_step
+from megatron_memory.training.stopping import SignalCatcher, Stop, StopChecker
+from megatron_memory.training.tensorboard import Curves
+from megatron_memory.training.throughput import model_flops_utilization, peak_memory_gib
+from megatron_memory.training.usage import UsageMeter
+
+OnStep = Callable[[int, StepResult], None]
+
+
+class Trainer:
+    """Trains from a position to the last iteration, or until it is told to stop.
+
+    Args:
+        setup: of this rank, loaded.
+        datasets: of the run.
+        position: where to go on.
+        saver: None where nothing is saved.
+        signals: of this rank.
+        console: where to report.
+        padded_vocab_size: of the model, for its FLOPs.
+        on_step: called on every rank with each iteration's number and result.
+    """
+
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        datasets: Datasets,
+        position: Position,
+        *,
+        saver: CheckpointSaver | None,
+        signals: SignalCatcher,
+        console: Console,
+        padded_vocab_size: int,
+        on_step: OnStep | None = None,
+    ):
+        self.setup = setup
+        self.position = position
+        self._training, self._config = setup.config.training, setup.config
+        self._datasets, self._saver, self._console = datasets, saver, console
+        self._on_step = on_step
+        self._world_size = torch.distributed.get_world_size()
+        self._num_microbatches = setup.config.num_microbatches(self._world_size)
+        self._flops_per_token = sum(flops_per_token(setup.config, padded_vocab_size).values())
+        self._stop_checker = StopChecker(self._training, signals, setup.backend.device)
+        self._usage = UsageMeter(setup)
+        self._interval = Interval()
+        self._last_saved: Position | None = None
+        self._curves = Curves(
+            setup.config.logging.tensorboard_dir,
+            first_iteration=position.iteration + 1,
+            is_writer=torch.distributed.get_rank() == 0,
+        )
+
+    def run(self) -> int:
+        """Train. A collective call.
+
+        Returns:
+            the program's exit code: 0, or 128 + n after signal n.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            CheckpointError: a checkpoint could not be written.
+        """
+        self._started, self._start_iteration = time.monotonic(), self.position.iteration
+        self._console.start(self.position.iteration, self._training.train_iters)
+        try:
+            if self.position.iteration == 0:
+                self._evaluate("validation", self._datasets.valid)
+            stop = self._run_steps()
+            self._finish(stop)
+        finally:
+            self._console.stop()
+            self._curves.close()
+        return 0 if stop is None else stop.exit_code
+
+    def _run_steps(self) -> Stop | None:
+        if self.position.iteration >= self._training.train_iters:
+            return None
+        batches = self._batches(self._datasets.train, self.position.consumed_samples)
+        self._usage.turn(on=True)
+        while self.position.iteration < self._training.train_iters:
+            result = self._step(batches)
+            stop = self._stop_checker.check(self.position.iteration, result)
+            if self._is_due(self._config.logging.log_interval) or stop:
+                self._report()
+            if self._is_due(self._training.eval_interval):
+                self._evaluate("validation", self._datasets.valid)
+            if self._is_due(self._config.checkpoint.save_interval) or stop:
+                self._save()
+            elif self._saver is not None:
+                self._saver.poll()
+            if stop:
+                return stop
+        return None
+
+    def _step(self, batches: Iterator[Batch]) -> StepResult:
+        began = time.perf_counter()
+        result = train_step(self.setup, batches, self._num_microbatches)
+        self._interval.add(result, time.perf_counter() - began)
+        self.position = Position(
+            iteration=self.position.iteration + 1,
+            consumed_samples=self.position.consumed_samples + self._training.global_batch_size,
+        )
+        self._console.advance(self.position.iteration)
+        if self._on_step is not None:
+            self._on_step(self.position.iteration, result)
+        return result
+
+    def _is_due(self, interval: int | None) -> bool:
+        return interval is not None and self.position.iteration % interval == 0
+
+    def _batches(self, dataset: Samples, consumed_samples: int) -> Iterator[Batch]:
+        group = data_parallel_group()
+        return batch_iterator(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=self._training.micro_batch_size,
+            data_parallel_rank=group.rank(),
+            data_parallel_size=group.size(),
+            num_workers=self._config.data.num_workers,
+        )
+
+    def _report(self) -> None:
+        interval, config, device = self._interval, self._config, self.setup.backend.device
+        tokens = self._training.global_batch_size * config.model.seq_length * interval.num_steps
+        per_second = tokens / interval.seconds
+        tflops = per_second * self._flops_per_token / self._world_size / 1e12
+        done = self.position.iteration - self._start_iteration
+        pace = (time.monotonic() - self._started) / done
+        dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
+        report = Report(
+            iteration=self.position.iteration,
+            loss=interval.loss,
+            last=interval.results[-1],
+            num_skipped=interval.num_skipped,
+            seconds_per_iteration=interval.seconds / interval.num_steps,
+            tokens_per_second=per_second,
+            tflops_per_device=tflops,
+            mfu=model_flops_utilization(tflops, device, dtype),
+            memory_gib=peak_memory_gib(device),
+            seconds_left=pace * (self._training.train_iters - self.position.iteration),
+            usage=self._usage.take(),
+        )
+        self._interval = Interval()
+        self._console.say(report_line(report, self._training.train_iters))
+        self._curves.add(report.iteration, report.curves())
+
+    def _evaluate(self, name: str, dataset: Samples | None) -> None:
+        """The loss on the first batches of a held-out dataset: the same ones every time."""
+        if dataset is None or self._training.eval_iters == 0:
+            return
+        began = time.perf_counter()
+        self._usage.turn(on=False)
+        with whole_weights(self.setup):
+            loss = evaluate_loss(
+                self.setup,
+                self._batches(dataset, consumed_samples=0),
+                self._training.eval_iters * self._num_microbatches,
+            )
+        self._usage.turn(on=True)
+        self._curves.add(self.position.iteration, {f"loss/{name}": loss})
+        self._console.say(
+            f"iteration {self.position.iteration}: {name} loss {loss:.6f}, "
+            f"perplexity {_perplexity(loss)} ({duration(time.perf_counter() - began)})"
+        )
+
+    def _save(self) -> None:
+        if self._saver is None or self._last_saved == self.position:
+            return
+        began = time.perf_counter()
+        with whole_weights(self.setup):
+            folder = self._saver.save(self.position)
+        self._last_saved = self.position
+        how = "is being saved in the background" if self._config.checkpoint.async_save else "saved"
+        self._console.say(f"{folder} {how} ({time.perf_counter() - began:.1f} s)")
+
+    def _finish(self, stop: Stop | None) -> None:
+        if stop is None:
+            if self._interval.num_steps:
+                self._report()
+            if not self._is_due(self._training.eval_interval):
+                self._evaluate("validation", self._datasets.valid)
+            self._evaluate("test", self._datasets.test)
+            self._save()
+        if self._saver is not None:
+            self._saver.finish()
+        if stop is not None:
+            saved = "nothing is saved without --save" if self._saver is None else "saved"
+            self._console.say(
+                f"stopped after iteration {self.position.iteration}: {stop.reason}; {saved}"
+            )
+
+
+def _perplexity(loss: float) -> str:
+    return f"{2.718281828459045**loss:.4g}" if loss < 100 else "inf"
+
+
+class whole_weights:
+    """While this is entered, every rank holds the weights after the last update.
+
+    With `--overlap-param-gather` they otherwise arrive during the next forward pass only.
+    """
+
+    def __init__(self, setup: TrainingSetup):
+        self._chunks = setup.model if setup.config.parallel.overlap_param_gather else []
+
+    def __enter__(self) -> None:
+        for chunk in self._chunks:
+            chunk.disable_forward_pre_hook()
+
+    def __exit__(self, *exception: object) -> None:
+        for chunk in self._chunks:
+            chunk.enable_forward_pre_hook()
