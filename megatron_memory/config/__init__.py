@@ -1,7 +1,7 @@
 """Configuration: dataclasses, the flags generated from them, and the checks over all of them."""
 
 from megatron_memory.config.checkpoint import CheckpointConfig
-from megatron_memory.config.checks import check_config, check_machine
+from megatron_memory.config.checks import check_config, check_layers_available
 from megatron_memory.config.data import DataConfig
 from megatron_memory.config.loading import load_config, parse_arguments, save_config
 from megatron_memory.config.logging import LoggingConfig
@@ -27,7 +27,7 @@ __all__ = [
     "RecomputeConfig",
     "TrainingConfig",
     "check_config",
-    "check_machine",
+    "check_layers_available",
     "load_config",
     "parse_arguments",
     "save_config",

@@ -36,15 +36,12 @@ def check_config(config: Config, world_size: int) -> None:
     )
 
 
-def check_machine(
-    config: Config, *, num_gpus: int, local_world_size: int, has_transformer_engine: bool
-) -> None:
-    """Raise a `ConfigurationError` where `config` asks for what this machine lacks.
+def check_layers_available(config: Config, *, is_cuda: bool, has_transformer_engine: bool) -> None:
+    """Raise a `ConfigurationError` where `config` names layers that this machine lacks.
 
-    `num_gpus` is the number of GPUs that this process sees, `local_world_size` the number of ranks
-    on this machine.
+    For after `select_backend`, which checks the device itself.
     """
-    raise_problems(_machine_problems(config, num_gpus, local_world_size, has_transformer_engine))
+    raise_problems(_layer_problems(config, is_cuda, has_transformer_engine))
 
 
 def _field_problems(config: Config) -> Iterator[str]:
@@ -287,27 +284,7 @@ def _split_problems(split: str | None) -> Iterator[str]:
         )
 
 
-def _machine_problems(
-    config: Config, num_gpus: int, local_world_size: int, has_transformer_engine: bool
-) -> Iterator[str]:
-    parallel = config.parallel
-    if parallel.device == "cuda" and num_gpus == 0:
-        yield (
-            "--device cuda asks for a GPU, and none is visible: check the driver with "
-            "`python tools/doctor.py` and CUDA_VISIBLE_DEVICES, or use --device cpu."
-        )
-        return
-    on_gpu = parallel.device != "cpu" and num_gpus > 0
-    if on_gpu and local_world_size > num_gpus:
-        yield (
-            f"{local_world_size} processes on this machine share {num_gpus} GPUs, and each needs "
-            f"one: start torchrun with --nproc-per-node {num_gpus}, or use --device cpu."
-        )
-    if not on_gpu and parallel.distributed_backend == "nccl":
-        yield (
-            "--distributed-backend nccl works between GPUs only, and this run is on the CPU: use "
-            "gloo, or leave the flag away."
-        )
+def _layer_problems(config: Config, is_cuda: bool, has_transformer_engine: bool) -> Iterator[str]:
     needs = {
         "--transformer-impl transformer_engine": (
             config.model.transformer_impl == "transformer_engine",
@@ -316,7 +293,7 @@ def _machine_problems(
         "--moe-grouped-gemm": (config.model.moe_grouped_gemm, "leave it away"),
     }
     for flag, (asked, alternative) in needs.items():
-        if asked and not on_gpu:
+        if asked and not is_cuda:
             yield (
                 f"{flag} works on GPUs only, and this run is on the CPU: {alternative} "
                 "(or take a GPU)."

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_memory.config import check_config, check_machine
+from megatron_memory.config import check_config, check_layers_available
 from megatron_memory.exceptions import ConfigurationError
 from tests.config.helpers import parse
 
@@ -265,64 +265,52 @@ def test_everything_wrong_is_said_at_once():
         assert flag in message
 
 
-GPU_MACHINE = {"num_gpus": 2, "local_world_size": 2, "has_transformer_engine": True}
-
-
 @pytest.mark.parametrize(
-    ("arguments", "machine"),
+    ("arguments", "is_cuda", "has_transformer_engine"),
     [
-        ("", {}),
-        ("--device cuda --transformer-impl transformer_engine --moe-grouped-gemm", {}),
-        ("--distributed-backend nccl", {}),
-        ("--device cpu --distributed-backend gloo", {"local_world_size": 5}),
-        ("", {"num_gpus": 0, "has_transformer_engine": False, "local_world_size": 5}),
+        ("", False, False),
+        ("--transformer-impl local", True, False),
+        ("--transformer-impl transformer_engine --moe-grouped-gemm", True, True),
     ],
 )
-def test_what_the_machine_has_passes(arguments, machine):
-    check_machine(parse(arguments), **(GPU_MACHINE | machine))
+def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_engine):
+    check_layers_available(
+        parse(arguments), is_cuda=is_cuda, has_transformer_engine=has_transformer_engine
+    )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "machine", "parts"),
+    ("arguments", "is_cuda", "has_transformer_engine", "parts"),
     [
         (
-            "--device cuda",
-            {"num_gpus": 0},
-            ("--device cuda", "none is visible", "--device cpu"),
-        ),
-        (
-            "",
-            {"local_world_size": 3},
-            ("3 processes", "2 GPUs", "--nproc-per-node 2"),
-        ),
-        (
-            "--distributed-backend nccl",
-            {"num_gpus": 0},
-            ("--distributed-backend nccl", "gloo"),
-        ),
-        (
-            "--distributed-backend nccl --device cpu",
-            {},
-            ("--distributed-backend nccl", "gloo"),
-        ),
-        (
             "--transformer-impl transformer_engine",
-            {"has_transformer_engine": False},
+            True,
+            False,
             ("--transformer-impl transformer_engine", "not installed", "pip install"),
         ),
         (
-            "--transformer-impl transformer_engine --device cpu",
-            {},
+            "--transformer-impl transformer_engine",
+            False,
+            True,
             ("--transformer-impl transformer_engine", "on the CPU", "--transformer-impl local"),
         ),
         (
             "--moe-grouped-gemm --num-experts 2",
-            {"num_gpus": 0},
+            False,
+            True,
             ("--moe-grouped-gemm", "on the CPU", "leave it away"),
+        ),
+        (
+            "--moe-grouped-gemm --num-experts 2",
+            True,
+            False,
+            ("--moe-grouped-gemm", "not installed", "leave it away", "pip install"),
         ),
     ],
 )
-def test_what_the_machine_lacks(arguments, machine, parts):
+def test_layers_that_the_machine_lacks(arguments, is_cuda, has_transformer_engine, parts):
     with pytest.raises(ConfigurationError) as error:
-        check_machine(parse(arguments), **(GPU_MACHINE | machine))
+        check_layers_available(
+            parse(arguments), is_cuda=is_cuda, has_transformer_engine=has_transformer_engine
+        )
     assert_one_problem(str(error.value), parts)
