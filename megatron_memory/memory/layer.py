@@ -171,7 +171,9 @@ class MemoryLayer(MegatronModule):
         if self.linear_fc1 is not None:
             gate, _ = self.linear_fc1(x)
             y = y * F.silu(gate)
-        return self.linear_fc2(y)
+        output, bias = self.linear_fc2(y)
+        # A view: Megatron's checkpointing would make an autograd output of the parameter itself.
+        return output, bias.view_as(bias)
 
     def _exchange_columns(self, y: Tensor) -> Tensor:
         if self.tp_group.size() == 1:

@@ -69,6 +69,9 @@ def _cut(shard: ShardedTensor, tensors: dict[str, Tensor]) -> Tensor:
             f"weight {shard.key} has shape {list(whole.shape)}, the model wants "
             f"{list(shard.global_shape)}"
         )
-    for dim, start in enumerate(shard.global_offset):
+    # Experts are stacked along leading dimensions that a single expert's tensor does not have.
+    stacked = shard.prepend_axis_num
+    whole = whole[tuple(shard.global_offset[:stacked])]
+    for dim, start in enumerate(shard.global_offset[stacked:]):
         whole = whole.narrow(dim, start, shard.local_shape[dim])
     return whole.to(shard.dtype)
