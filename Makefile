@@ -20,6 +20,8 @@ endif
 # For targets that install nothing: the environment if it is there, else the machine's own Python.
 PYTHON_AT_HAND := $(if $(READY),$(if $(wildcard $(PYTHON)),$(PYTHON),python3),$(PYTHON))
 
+TESTS ?= tests
+
 # Tried in this order; megatron-core has wheels for 3.10 to 3.13.
 BASE_PYTHONS ?= python3 python3.12 python3.11 python3.10 python3.13
 
@@ -40,8 +42,8 @@ setup: $(READY) ## make the environment in .venv and install everything into it
 quickstart: $(READY) ## train a small memory model on real text, resume it, ask it things
 	$(PYTHON) examples/quickstart/run.py $(ARGS)
 
-test: $(READY) ## run the tests; more with ARGS="-k name -x"
-	$(PYTHON) -m pytest tests $(ARGS)
+test: $(READY) ## run the tests; fewer with TESTS=tests/memory, more flags with ARGS="-x -v"
+	$(PYTHON) -m pytest $(TESTS) $(ARGS)
 
 lint: $(READY) ## ruff (rules and format), mypy, codespell
 	$(PYTHON) -m ruff check .
@@ -55,7 +57,7 @@ bench: $(READY) ## the training step with memory against the dense model of the 
 gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing
 	@$(PYTHON_AT_HAND) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { \
 	    echo "make gpu: $(PYTHON_AT_HAND) has no torch that sees a GPU; python tools/doctor.py says why" >&2; exit 1; }
-	$(PYTHON_AT_HAND) -m pytest tests -m gpu $(ARGS)
+	$(PYTHON_AT_HAND) -m pytest $(TESTS) -m gpu $(ARGS)
 	$(PYTHON_AT_HAND) tools/benchmark.py train-step
 
 doctor: ## say what is installed, what is missing, and what will be used

@@ -6,11 +6,13 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a `make test` around these tests exports.
+OUTER_MAKE = {"ARGS", "BASE_PYTHONS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "PYTHON"}
+OUTER_MAKE |= {"TESTS", "VENV"}
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # Without the variables of the `make test` around this test.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    environment = {k: v for k, v in os.environ.items() if k not in OUTER_MAKE}
     command = ["make", "--no-print-directory", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
