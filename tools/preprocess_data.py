@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import signal
 import sys
+from typing import Any
 
 from megatron_memory.config.option import field_docstrings
 from megatron_memory.data.preprocess.options import PreprocessOptions
@@ -32,14 +33,12 @@ _NOT_HERE = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    # So that a batch system's SIGTERM removes unfinished files too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
         # megatron-core takes seconds to import: only once the flags are known to be good.
         from megatron_memory.runtime import prepare_megatron
 
-        prepare_megatron("cpu")
+        prepare_megatron()
         from megatron_memory.data.preprocess.pipeline import preprocess
         from megatron_memory.data.preprocess.workers import WorkerError
     except ConfigurationError as error:
@@ -70,10 +69,10 @@ def parse_options(argv: list[str]) -> PreprocessOptions:
     for field in dataclasses.fields(PreprocessOptions):
         _add_flag(parser, field, docstrings[field.name])
     _refuse_unknown_flags(argv, list(parser._option_string_actions))
-    values = vars(parser.parse_args(argv))
-    return PreprocessOptions(
-        **{name: tuple(value) if type(value) is list else value for name, value in values.items()}
-    )
+    values: dict[str, Any] = vars(parser.parse_args(argv))
+    for name in ("input", "json_keys"):
+        values[name] = tuple(values[name])
+    return PreprocessOptions(**values)
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, text: str) -> None:
@@ -113,4 +112,6 @@ def _fail(error: Exception | str) -> int:
 
 
 if __name__ == "__main__":
+    # So that a batch system's SIGTERM removes unfinished files too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,7 +124,7 @@ def build_datasets(
     return node_leaders_first(build, group)
 
 
-def _dataset_config(sources: DataSources, **options: object) -> TokenDatasetConfig:
+def _dataset_config(sources: DataSources, **options: Any) -> TokenDatasetConfig:
     if sources.shared is not None:
         blend = (sources.shared.prefixes, sources.shared.weights)
         return TokenDatasetConfig(blend=blend, split=sources.split, **options)

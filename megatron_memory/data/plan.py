@@ -60,22 +60,20 @@ def plan_splits(
     """
     plans = []
     for i, name in enumerate(SPLIT_NAMES):
-        blend, part = sources.blend_of(i), sources.ranges()[i]
+        blend, part, needed = sources.blend_of(i), sources.ranges()[i], num_samples[i]
         counts = None
-        if num_samples[i] and blend is not None and part is not None:
+        if needed and blend is not None and part is not None:
             counts = {
-                prefix: _samples_in(
-                    blend, part, summaries[prefix], seq_length, name, num_samples[i]
-                )
+                prefix: _samples_in(blend, part, summaries[prefix], seq_length, name, needed)
                 for prefix in blend.prefixes
             }
-            _check_enough(blend, counts, name, num_samples[i])
-        elif num_samples[i] and name == "train":
+            _check_enough(blend, counts, name, needed)
+        elif needed and name == "train":
             raise DataError(
-                f"--split {sources.split}: gives training nothing, but {num_samples[i]} samples "
-                "are needed. Give its first number a share"
+                f"--split {sources.split}: gives training nothing, but {needed} samples are "
+                "needed. Give its first number a share"
             )
-        plans.append(SplitPlan(name=name, num_samples=num_samples[i], samples_per_epoch=counts))
+        plans.append(SplitPlan(name=name, num_samples=needed, samples_per_epoch=counts))
     return plans
 
 

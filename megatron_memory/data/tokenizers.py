@@ -105,7 +105,8 @@ def _library(tokenizer_type: str, tokenizer_model: str | None, vocab_size: int |
         library != "huggingface" or not _may_be_hub_name(tokenizer_model)
     ):
         raise DataError(
-            f"--tokenizer-model {tokenizer_model}: no such file or folder. {_EXPECTED_MODEL[library]}"
+            f"--tokenizer-model {tokenizer_model}: no such file or folder. "
+            f"{_EXPECTED_MODEL[library]}"
         )
     return library
 

@@ -149,9 +149,9 @@ def _text_encoder(tokenizer: MegatronTokenizerBase) -> TextEncoder:
     def one_by_one(texts: list[str]) -> list[list[int]]:
         return [list(tokenizer.tokenize(text)) for text in texts]
 
-    hugging_face = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    if tokenizer.library != "huggingface" or not hugging_face.is_fast:
+    if tokenizer.library != "huggingface" or not tokenizer._tokenizer.tokenizer.is_fast:
         return one_by_one
+    hugging_face = tokenizer._tokenizer.tokenizer
     add_special_tokens = tokenizer._tokenizer.include_special_tokens
 
     def batched(texts: list[str]) -> list[list[int]]:

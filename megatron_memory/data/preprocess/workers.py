@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ def ordered_map(
     make_function: Callable[[], Callable[[Item], Result]],
     items: Iterable[Item],
     num_workers: int,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Results of `make_function()(item)` in the order of `items`.
 
     With one worker everything happens in this process, else in `num_workers` others, each with its
@@ -52,7 +52,7 @@ class _Pool:
 
     def __init__(self, make_function: Callable[[], Callable], num_workers: int) -> None:
         # Forked workers inherit the imports, which cost seconds; elsewhere fork is unsafe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         forks = context.get_start_method() == "fork"
         self.processes: dict[Connection, Any] = {}
         for number in range(num_workers):
@@ -89,12 +89,12 @@ class _Pool:
             if exhausted and not busy and not finished:
                 return
             if next_result not in finished:
-                for connection in wait(list(busy)):
-                    assert isinstance(connection, Connection)
-                    number, kind, value = self._receive(connection)
+                for ready in wait(list(busy)):
+                    assert isinstance(ready, Connection)
+                    number, kind, value = self._receive(ready)
                     finished[number] = (kind, value)
-                    busy.remove(connection)
-                    idle.append(connection)
+                    busy.remove(ready)
+                    idle.append(ready)
             while next_result in finished:
                 yield _unwrap(*finished.pop(next_result))
                 next_result += 1
