@@ -8,10 +8,11 @@ Signals: SIGTERM, SIGUSR1 and SIGUSR2 to any rank end the training after the ste
 checkpoint. torchrun passes SIGTERM on to its processes, and kills them 30 seconds later; for the
 others start it with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2`.
 
-Exit codes: 0 the training is complete, or `--exit-interval` or `--exit-duration-in-mins` is reached;
-2 an error in flags, data or checkpoint, or a loss that is not a number (the message says which);
-128 + n stopped and saved after signal n (143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2); 1 anything else.
-torchrun itself exits with 1 where its processes exit with another code than 0.
+Exit codes:
+    0        the training is complete, or --exit-interval or --exit-duration-in-mins is reached
+    2        an error in flags, data or checkpoint, or a loss that is not a number: the message says
+    128 + n  stopped and saved after signal n: 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2
+    1        anything else; and torchrun's own where its processes exit with another code than 0
 
 Keep this module light: the processes that write checkpoints import it, too.
 """
@@ -49,13 +50,16 @@ def _run(argv: Sequence[str] | None) -> int:
 
     prepare_megatron(config.parallel.device)
     backend = select_backend(config.parallel.device, config.parallel.distributed_backend)
+    from megatron_memory.runtime.distributed import shutdown_distributed
     from megatron_memory.training.program import run_training
 
-    return run_training(config, backend)
+    exit_code = run_training(config, backend)
+    shutdown_distributed()
+    return exit_code
 
 
 def _fail(error: Exception) -> int:
-    """Say what is wrong, once: the ranks meet the same error, and torchrun ends all after the first."""
+    """Say what is wrong once: all ranks meet the same error, and torchrun ends all after the first."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(_SECONDS_FOR_FIRST_RANK)

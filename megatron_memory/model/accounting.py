@@ -1,7 +1,6 @@
 """Parameters, FLOPs and bytes of a model, by arithmetic: nothing is allocated.
 
-Axes: h hidden size, V padded vocabulary, H heads of the memory, K values read per head, N half-keys,
-S slots (N * N), D value dimension.
+Axes: H heads of the memory, K values read per head, N half-keys, S slots (N * N), D value dimension.
 """
 
 import dataclasses
@@ -140,7 +139,9 @@ def _tables(config: Config, num_layers: int) -> Iterator[Weight]:
     owners = min(num_layers, 1) if memory.share_scope == "model" else num_layers
     tables = owners * (2 if memory.variant == "peer" else 1)
     if tables:
-        yield Weight(part="values", size=tables * memory.num_values * memory.value_dim, is_split=True)
+        yield Weight(
+            part="values", size=tables * memory.num_values * memory.value_dim, is_split=True
+        )
 
 
 def count(config: Config, found: list[Weight], *, on_one_rank: bool) -> dict[Part, int]:
@@ -239,8 +240,8 @@ def rank_memory(config: Config, num_parameters: int, data_parallel_size: int) ->
 def activation_bytes(config: Config, padded_vocab_size: int) -> int:
     """A rough estimate of the activations that one microbatch keeps for its backward pass.
 
-    After "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), section
-    4; a memory layer counts as an MLP and its routes.
+    After "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198),
+    section 4; a memory layer counts as an MLP and its routes.
     """
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
     tokens = model.seq_length * config.training.micro_batch_size

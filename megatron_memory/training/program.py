@@ -6,7 +6,7 @@ from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
 from megatron_memory.runtime import Backend
-from megatron_memory.runtime.distributed import initialize_distributed, shutdown_distributed
+from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training.checkpoint.loader import load_checkpoint
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.progress import Console
@@ -16,10 +16,10 @@ from megatron_memory.training.trainer import OnStep, Trainer
 
 
 def run_training(config: Config, backend: Backend, on_step: OnStep | None = None) -> int:
-    """Train as the configuration says. Megatron must be prepared; a collective call.
+    """Train as the configuration says, in Megatron's groups, which stay. A collective call.
 
     Args:
-        config: checked for this run's world size.
+        config: checked for this run's world size; Megatron must be prepared for its device.
         backend: of this rank.
         on_step: see `Trainer`.
 
@@ -60,7 +60,6 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     exit_code = trainer.run()
     # torchrun ends all ranks as soon as one of them has ended with another code than 0.
     torch.distributed.barrier()
-    shutdown_distributed()
     return exit_code
 
 

@@ -1,4 +1,4 @@
-"""What a training says on the console: a line a log interval, and on a terminal a bar with the time left."""
+"""What a training says: a line each log interval, and on a terminal a bar with the time left."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -33,8 +33,13 @@ class Console:
         """The training begins after `iteration`."""
         if not (self._is_speaker and sys.stdout.isatty()):
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

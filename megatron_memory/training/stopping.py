@@ -98,8 +98,8 @@ def _not_finite(iteration: int, result: StepResult) -> TrainingError:
             f"learning rate {result.value_learning_rate:.3g})"
         )
     return TrainingError(
-        f"iteration {iteration}: the loss is {result.loss}, the gradient norm {result.grad_norm}, at "
-        f"learning rate {result.learning_rate:.3g}{values}. The training stops without saving. Go back "
-        "to the newest checkpoint with --load, and lower --lr or --memory-value-lr, lengthen "
+        f"iteration {iteration}: the loss is {result.loss}, the gradient norm {result.grad_norm}, "
+        f"at learning rate {result.learning_rate:.3g}{values}. The training stops without saving. Go "
+        "back to the newest checkpoint with --load, and lower --lr or --memory-value-lr, lengthen "
         "--lr-warmup-iters, or try --memory-qk-norm or --clip-grad 1.0"
     )

@@ -21,9 +21,9 @@ class Curves:
         if directory is not None and is_writer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                from torch.utils.tensorboard import SummaryWriter
+                from torch.utils import tensorboard
             purge = first_iteration if first_iteration > 1 else None
-            self._writer = SummaryWriter(directory, purge_step=purge)
+            self._writer = tensorboard.SummaryWriter(directory, purge_step=purge)
 
     def add(self, iteration: int, curves: dict[str, float]) -> None:
         """Write a point of each curve."""

@@ -8,7 +8,7 @@ import torch
 GIB = 2**30
 
 # Dense bf16 matrix throughput with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets (which
-# often print the doubled figure with sparsity). The first name that a device's name contains counts.
+# often print the doubled figure with sparsity). The first entry counts whose words a name has.
 _PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("H200 NVL", 835.5),

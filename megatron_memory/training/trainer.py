@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
@@ -92,6 +91,9 @@ class Trainer:
     def _run_steps(self) -> Stop | None:
         if self.position.iteration >= self._training.train_iters:
             return None
+        assert self._datasets.train is not None, (
+            "build_datasets refuses a run without training data"
+        )
         batches = self._batches(self._datasets.train, self.position.consumed_samples)
         self._usage.turn(on=True)
         while self.position.iteration < self._training.train_iters:

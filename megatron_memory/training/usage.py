@@ -1,5 +1,6 @@
 """Slot usage over a log interval: which rows the memory layers read, and how evenly."""
 
+import torch
 from megatron.core import parallel_state
 
 from megatron_memory.memory.layer import MemoryLayer
@@ -17,7 +18,9 @@ class UsageMeter:
     def __init__(self, setup: TrainingSetup):
         self._layers: list[MemoryLayer] = []
         if setup.config.memory.enabled and setup.config.memory.log_usage:
-            self._layers = [layer for chunk in setup.model for layer in unwrap(chunk).memory_layers()]
+            self._layers = [
+                layer for chunk in setup.model for layer in unwrap(chunk).memory_layers()
+            ]
         self._counters = [
             SlotUsage(setup.config.memory.num_values, setup.backend.device) for _ in self._layers
         ]
@@ -42,7 +45,8 @@ class UsageMeter:
             assert layer.layer_number is not None, "the layer is part of a model"
             figures[f"layer_{layer.layer_number - 1}"] = counter.figures(group)
         if self._has_pool:
-            figures["pool"] = usage_figures(sum(c.weight_sums for c in self._counters))
+            sums = torch.stack([counter.weight_sums for counter in self._counters])
+            figures["pool"] = usage_figures(sums.sum(dim=0))
         for counter in self._counters:
             counter.weight_sums.zero_()
         return figures

@@ -1,4 +1,4 @@
-"""Checkpoints: megatron-core's distributed format, published so that a crash leaves the previous one.
+"""Checkpoints in megatron-core's distributed format; a crash at any moment leaves the previous one.
 
     SAVE/latest_checkpointed_iteration.txt    the newest complete checkpoint (the tracker)
     SAVE/config.yaml                          the configuration of the run that wrote it
@@ -7,5 +7,6 @@
 
 `folders` knows these names, `integrity` tells whole checkpoints from damaged ones, `architecture`
 compares a checkpoint's model with this run's, `state` is what is saved, `rng_state` the generators'
-part of it, `saver` and `loader` are the two directions, `writer_queue` serves the writing processes.
+part of it, `saver` and `loader` are the two directions, `schedule` settles whose settings count,
+`agreement` keeps the ranks together, `writer_queue` serves the writing processes.
 """

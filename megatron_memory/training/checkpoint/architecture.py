@@ -1,4 +1,4 @@
-"""Does a checkpoint hold the model that this run describes: compared from the configurations alone."""
+"""Whether a checkpoint holds the model that this run describes, from the configurations alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,8 +77,8 @@ def check_same_architecture(folder: Path, saved: Config, ours: Config) -> list[s
     differing = list(_differences(saved, ours))
     if differing:
         raise CheckpointError(
-            f"{folder} holds a model of another architecture: {'; '.join(differing)}. Give these "
-            f"flags the checkpoint's values (all are in {folder / CONFIG_FILE}), or load another one"
+            f"{folder} holds a model of another architecture: {'; '.join(differing)}. Give "
+            f"these flags the checkpoint's values (see {folder / CONFIG_FILE}), or load another one"
         )
     return [
         _difference(component, name, saved, ours)

@@ -64,8 +64,8 @@ def read_tracker(root: Path) -> int | None:
         raise CheckpointError(f"{root / TRACKER} cannot be read: {error}") from error
     if not text.isdecimal():
         raise CheckpointError(
-            f"{root / TRACKER} says {text[:40]!r}, which is not an iteration. Write the iteration of "
-            f"a complete checkpoint into it: {_listed(saved_iterations(root))}"
+            f"{root / TRACKER} says {text[:40]!r}, which is not an iteration. Write the iteration "
+            f"of a complete checkpoint into it: {_listed(saved_iterations(root))}"
         )
     return int(text)
 

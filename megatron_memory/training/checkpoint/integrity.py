@@ -1,7 +1,7 @@
 """Is a checkpoint whole, and what is in it: answered from its metadata, before any tensor is read.
 
-torch reads `.metadata` with pickle, which runs whatever a file says. It is therefore read here first,
-by an unpickler that knows only the classes such a file needs.
+torch reads `.metadata` with pickle, which runs whatever a file says. It is therefore read here
+first, by an unpickler that knows only the classes such a file needs.
 """
 
 import json
@@ -36,6 +36,13 @@ _ALLOWED_CLASSES = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
 }
 _DTYPE = re.compile(r"(bfloat16|float8_\w+|u?int\d+|float\d+|bool|complex\d+)")
 
@@ -53,7 +60,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def _enum_member(owner: Any, name: str) -> Any:
     """What pickle writes for a member of an enumeration; getattr itself would open every door."""
-    if getattr(owner, "__name__", "") != "_MEM_FORMAT_ENCODING":
+    if getattr(owner, "__name__", "") not in ("_MEM_FORMAT_ENCODING", "WriteItemType"):
         raise pickle.UnpicklingError(f"it takes {name} of {owner!r}")
     return owner[name]
 
@@ -117,8 +124,8 @@ def _check_format(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if written != "torch_dist":
         raise CheckpointError(
-            f"{path}: the checkpoint's format is {written}, and only torch_dist is read. Convert it "
-            "with the program that wrote it"
+            f"{path}: the checkpoint's format is {written}, and only torch_dist is read. Convert "
+            "it with the program that wrote it"
         )
 
 

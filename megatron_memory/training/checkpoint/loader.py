@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def locate(load: Path) -> Path | None:
         return folders.published_folder(load, iteration)
     if folders.saved_iterations(load):
         raise CheckpointError(
-            f"--load {load}: there are checkpoints, but {folders.TRACKER} is missing, which names the "
-            f"newest complete one.{_loadable_instead(load)}"
+            f"--load {load}: there are checkpoints, but {folders.TRACKER} is missing, which names "
+            f"the newest complete one.{_loadable_instead(load)}"
         )
     return None
 
@@ -77,13 +78,15 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         metadata = check_whole(folder)
         common = _read_common(folder)
     except CheckpointError as error:
-        raise CheckpointError(f"--load {load}: {error}.{_loadable_instead(folder.parent)}") from error
+        raise CheckpointError(
+            f"--load {load}: {error}.{_loadable_instead(folder.parent)}"
+        ) from error
     saved = saved_config(folder)
     notes = [] if saved is None else check_same_architecture(folder, saved, config)
     if common.get("vocab_size", vocab_size) != vocab_size:
         raise CheckpointError(
-            f"{folder} was trained with {common['vocab_size']} tokens, and the tokenizer of this run "
-            f"(or --vocab-size) has {vocab_size}. Use the tokenizer it was trained with"
+            f"{folder} was trained with {common['vocab_size']} tokens, and the tokenizer of this "
+            f"run (or --vocab-size) has {vocab_size}. Use the tokenizer it was trained with"
         )
     return Found(folder=folder, shapes=tensor_shapes(metadata), common=common, notes=notes)
 
@@ -223,7 +226,9 @@ def _read_tensors(wanted: state.StateDict, found: Found) -> state.StateDict:
     """Read this rank's part of what is wanted; a collective call."""
     raise_on_all(_mismatch(wanted, found))
     problem = None
-    with _weights_only():
+    with _weights_only(), warnings.catch_warnings():
+        # megatron-core 0.16 calls torch.distributed.checkpoint by an older name.
+        warnings.simplefilter("ignore", FutureWarning)
         try:
             loaded = dist_checkpointing.load(wanted, str(found.folder))
         except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
@@ -244,7 +249,7 @@ def _mismatch(wanted: state.StateDict, found: Found) -> str | None:
         return None
     more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
     return (
-        f"{found.folder} holds another model or another optimizer: {'; '.join(differing[:8])}{more}. "
+        f"{found.folder} holds another model or optimizer: {'; '.join(differing[:8])}{more}. "
         f"Compare its {folders.CONFIG_FILE} with the flags; --no-load-optim loads it without the "
         "optimizer"
     )

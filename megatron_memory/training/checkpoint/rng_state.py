@@ -12,12 +12,17 @@ RngState = dict[str, Any]
 
 def capture(device: torch.device) -> RngState:
     """Python's, NumPy's, torch's and Megatron's generators."""
-    name, keys, position, has_gauss, cached_gauss = np.random.get_state()
-    assert name == "MT19937", f"NumPy's legacy generator is {name}"
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict) and numpy["bit_generator"] == "MT19937", "NumPy's generator"
     version, internal, gauss_next = random.getstate()
     return {
         "python": (version, torch.tensor(internal, dtype=torch.int64), gauss_next),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gauss),
+        "numpy": (
+            torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            numpy["state"]["pos"],
+            numpy["has_gauss"],
+            numpy["gauss"],
+        ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "tracker": dict(get_cuda_rng_tracker().get_states()),

@@ -51,7 +51,9 @@ def _take(group: dict[str, Any], own: dict[str, Any], names: tuple[str, ...]) ->
     group.update({name: own[name] for name in names if name in own})
 
 
-def load_schedule(setup: TrainingSetup, saved: dict[str, Any] | None, consumed_samples: int) -> None:
+def load_schedule(
+    setup: TrainingSetup, saved: dict[str, Any] | None, consumed_samples: int
+) -> None:
     """Move the schedule to where the training goes on.
 
     Args:

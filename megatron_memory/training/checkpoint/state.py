@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as megatron-core's sharded state dict, with Megatron's names for its parts.
+"""What a checkpoint holds: megatron-core's sharded state dict, by Megatron's names.
 
 | part | how it is stored |
 |---|---|
