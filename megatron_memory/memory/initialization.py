@@ -1,5 +1,7 @@
 """Initial values of the memory parameters, after the paper's released settings."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,13 @@ def init_table_columns_(
 
 
 def _block_seed(seed: int, table_number: int, block: int) -> int:
-    """One seed a block; 2**20 blocks of 32 columns and 2**10 tables never meet."""
-    return (seed << 30) + (table_number << 20) + block
+    """One seed a block, of 32 bits: torch's CPU generator heeds no others.
+
+    A run's 2**20 blocks of 32 columns and 2**10 tables never meet; the run's seed is spread over all bits, so
+    that the blocks of two runs hardly do.
+    """
+    of_run = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
+    return (of_run + (table_number << 20) + block) % 2**32
 
 
 @torch.no_grad()
