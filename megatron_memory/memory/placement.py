@@ -37,7 +37,7 @@ def _listed(spec: str) -> list[int]:
 
 def _centered(spec: str, num_layers: int) -> list[int]:
     parts = spec.split(":")[1:]
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConfigurationError(
             f"--memory-layers {spec}: COUNT and STRIDE must be positive numbers. {_FORMS}"
         )
