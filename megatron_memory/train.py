@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    """Say what is wrong once: all ranks meet the same error, and torchrun ends all after the first."""
+    """Say what is wrong, once: the ranks meet the same error, and the first one's end is theirs."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         time.sleep(_SECONDS_FOR_FIRST_RANK)

@@ -1,6 +1,6 @@
 """Parameters, FLOPs and bytes of a model, by arithmetic: nothing is allocated.
 
-Axes: H heads of the memory, K values read per head, N half-keys, S slots (N * N), D value dimension.
+Axes: H heads of the memory, K values read per head, N half-keys, S slots, D value dimension.
 """
 
 import dataclasses

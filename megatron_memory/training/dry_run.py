@@ -144,8 +144,8 @@ def _flops(config: Config, padded: int) -> Iterator[str]:
     parts = flops_per_token(config, padded)
     total = sum(parts.values())
     yield (
-        f"FLOPs of a training token: {total:,}, a multiply-add counted as two, the backward pass as "
-        "two forward ones (values are not FLOPs: only the rows read are summed)"
+        f"FLOPs of a training token: {total:,}, a multiply-add counted as two, the backward pass "
+        "as two forward ones (values are not FLOPs: only the rows read are summed)"
     )
     for name, number in parts.items():
         yield f"  {name}: {number:,} ({number / total:.1%})"

@@ -99,7 +99,7 @@ def _not_finite(iteration: int, result: StepResult) -> TrainingError:
         )
     return TrainingError(
         f"iteration {iteration}: the loss is {result.loss}, the gradient norm {result.grad_norm}, "
-        f"at learning rate {result.learning_rate:.3g}{values}. The training stops without saving. Go "
-        "back to the newest checkpoint with --load, and lower --lr or --memory-value-lr, lengthen "
-        "--lr-warmup-iters, or try --memory-qk-norm or --clip-grad 1.0"
+        f"at learning rate {result.learning_rate:.3g}{values}. The training stops without saving. "
+        "Go back to the newest checkpoint with --load, and lower --lr or --memory-value-lr, "
+        "lengthen --lr-warmup-iters, or try --memory-qk-norm or --clip-grad 1.0"
     )

@@ -21,11 +21,11 @@ _FLAGS = {
     "wd_incr_style": "--weight-decay-incr-style",
     "wd_incr_steps": "--train-iters (x --global-batch-size)",
 }
-_GROUP_FLAGS = {
-    "max_lr": "--memory-value-lr or --lr",
-    "min_lr": "--memory-value-min-lr or --min-lr",
-    "start_wd": "--memory-value-weight-decay or --weight-decay",
-    "end_wd": "--memory-value-weight-decay or --weight-decay",
+_VALUE_FLAGS = {
+    "max_lr": "--memory-value-lr",
+    "min_lr": "--memory-value-min-lr",
+    "start_wd": "--memory-value-weight-decay",
+    "end_wd": "--memory-value-weight-decay",
 }
 _UPDATE_RULE = ("betas", "eps", "momentum", "dampening", "nesterov")
 
@@ -42,9 +42,14 @@ def load_optimizer(setup: TrainingSetup, loaded: dict[str, Any]) -> None:
     for group, own in zip(setup.optimizer.param_groups, ours, strict=True):
         _take(group, own, _UPDATE_RULE)
         if settings.override_opt_param_scheduler:
-            _take(group, own, tuple(_GROUP_FLAGS))
+            _take(group, own, tuple(_VALUE_FLAGS))
         elif not settings.use_checkpoint_opt_param_scheduler:
-            _require_equal(group, own, _GROUP_FLAGS)
+            _require_equal(group, own, _VALUE_FLAGS if _is_of_values(setup, own) else _FLAGS)
+
+
+def _is_of_values(setup: TrainingSetup, group: dict[str, Any]) -> bool:
+    # Megatron's name for parameters that are not reduced over all data-parallel ranks.
+    return setup.config.memory.enabled and group["is_expert_parallel"]
 
 
 def _take(group: dict[str, Any], own: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -45,6 +45,8 @@ def sharded_model(model: list[torch.nn.Module]) -> StateDict:
 
 def sharded_optimizer(setup: TrainingSetup, model: StateDict, *, is_loading: bool) -> StateDict:
     """The optimizer's state; `model` is what `sharded_model` made."""
+    if is_loading and setup.config.optimizer.optimizer == "sgd":
+        _let_momentum_load(setup)
     chunks = model["model"] if set(model) == {"model"} else model
     metadata = content_metadata(setup.config) | {"dp_cp_group": data_parallel_group()}
     return {
@@ -52,6 +54,19 @@ def sharded_optimizer(setup: TrainingSetup, model: StateDict, *, is_loading: boo
             chunks, is_loading=is_loading, metadata=metadata
         )
     }
+
+
+def _let_momentum_load(setup: TrainingSetup) -> None:
+    """megatron-core 0.16 knows how to make the state that is loaded into for Adam only."""
+    for optimizer in setup.optimizer.chained_optimizers:
+        optimizer.init_state_fn = _init_momentum
+
+
+def _init_momentum(optimizer: torch.optim.SGD, config: object = None) -> None:
+    """What the first step makes of zeros: SGD's own start."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def sharded_generators(setup: TrainingSetup) -> StateDict:

@@ -1,0 +1,126 @@
+"""Stop and go on: to the last bit on the same layout, and within fp32 rounding on another one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.full_tensors import assemble
+from tests.training.tiny_runs import Run, change, runs, tiny_config
+
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+LAYOUTS = {
+    "tp2": (2, {"parallel": {"tensor_model_parallel_size": 2}, "model": DROPOUT}),
+    "tp2-sp-random-values": (
+        2,
+        {
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "model": DROPOUT,
+            "memory": {"layers": "0,1", "num_heads": 2, "top_k": 4, "num_half_keys": 8}
+            | {"num_random_values": 2, "query_dropout": 0.1, "value_dropout": 0.1},
+        },
+    ),
+    "dp2-distopt-overlap": (
+        2,
+        {
+            "parallel": {
+                "use_distributed_optimizer": True,
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+            },
+            "model": DROPOUT,
+        },
+    ),
+    "bf16-peer": (
+        1,
+        {
+            "memory": {"variant": "peer", "layers": "1", "num_heads": 2, "top_k": 4}
+            | {"num_half_keys": 8},
+            "model": DROPOUT,
+        },
+    ),
+    "sgd": (1, {"optimizer": {"optimizer": "sgd", "lr": 0.1, "lr_decay_iters": 20}}),
+    "dense": (1, {"memory": {}, "model": DROPOUT}),
+}
+
+
+def _configs(dataset: str, folder: Path, settings: dict) -> list:
+    """20 iterations; 10 iterations; the other 10."""
+    from megatron_memory.config import PrecisionConfig
+
+    precision = PrecisionConfig(bf16="peer" in folder.name)
+    whole = tiny_config(dataset, **settings, precision=precision)
+    if settings.get("memory") == {}:
+        whole = change(whole, "memory", layers=None)
+    save = str(folder / "checkpoints")
+    half = change(change(whole, "checkpoint", save=save), "training", exit_interval=10)
+    rest = change(whole, "checkpoint", load=save)
+    return [whole, half, rest]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_exact_on_the_same_layout(layout: str, dataset: str, tmp_path: Path):
+    world_size, settings = LAYOUTS[layout]
+    folder = tmp_path / layout
+    configs = _configs(dataset, folder, settings)
+    for whole, half, rest in run_ranks(runs, world_size, configs):
+        assert half.iterations == list(range(1, 11)) and rest.iterations == list(range(11, 21))
+        assert half.losses + rest.losses == whole.losses
+        assert half.norms + rest.norms == whole.norms
+        assert half.learning_rates + rest.learning_rates == whole.learning_rates
+        _assert_same_bits(whole, rest)
+        assert whole.losses[-1] < whole.losses[0]
+
+
+def _assert_same_bits(one: Run, other: Run) -> None:
+    assert one.weights.keys() == other.weights.keys()
+    for name, pieces in one.weights.items():
+        for (_, _, a), (_, _, b) in zip(pieces, other.weights[name], strict=True):
+            assert torch.equal(a, b), name
+
+
+RESHARDED = {
+    "tp2-to-1": ({"tensor_model_parallel_size": 2}, 2, {}, 1),
+    "1-to-tp2": ({}, 1, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
+    "dp2-distopt-to-1": (
+        {"use_distributed_optimizer": True},
+        2,
+        {"use_distributed_optimizer": True},
+        1,
+    ),
+    "dp2-to-tp2": ({}, 2, {"tensor_model_parallel_size": 2}, 2),
+    "distopt-1-to-dp2": (
+        {"use_distributed_optimizer": True},
+        1,
+        {"use_distributed_optimizer": True},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESHARDED)
+def test_resume_on_another_layout(case: str, dataset: str, tmp_path: Path):
+    """Ranks sum in another order; Adam's eps is far above the noise, as in test_parity_one_rank."""
+    before, world_before, after, world_after = RESHARDED[case]
+    save = str(tmp_path / "checkpoints")
+    optimizer = dict(lr=1e-2, lr_decay_iters=20, adam_eps=1e-4)
+    plain = tiny_config(dataset, optimizer=optimizer)
+    first = change(
+        change(change(plain, "parallel", **before), "training", exit_interval=5),
+        "checkpoint",
+        save=save,
+    )
+    stop = {"exit_interval": 10}
+    second = change(
+        change(change(plain, "parallel", **after), "training", **stop), "checkpoint", load=save
+    )
+    run_ranks(runs, world_before, [first])
+    resumed = [results[0] for results in run_ranks(runs, world_after, [second])]
+    (reference,) = run_ranks(runs, 1, [change(plain, "training", **stop)])[0]
+    assert resumed[0].iterations == list(range(6, 11))
+    assert resumed[0].losses == pytest.approx(reference.losses[5:], abs=2e-5)
+    assert resumed[0].learning_rates == reference.learning_rates[5:]
+    ours = assemble([rank.weights for rank in resumed])
+    for name, tensor in assemble([reference.weights]).items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)
