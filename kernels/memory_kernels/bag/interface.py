@@ -38,7 +38,7 @@ def weighted_bag(
     if gate is None:
         return y
     _check_shape("gate", gate, tuple(y.shape))
-    return y * F.silu(gate)
+    return (y * F.silu(gate)).to(y.dtype)
 
 
 def row_dot(
