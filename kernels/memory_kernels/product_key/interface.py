@@ -53,8 +53,23 @@ def _check(query: Tensor, keys: Tensor, k: int) -> None:
 
 
 def product_key_scores(query: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
-    """The scores of given slots, [T, H, K] in fp32; indices [T, H, K], the rest as `product_key_topk`."""
+    """The scores of given slots, [T, H, K] in fp32.
+
+    Args:
+        query: [T, H, Dk].
+        keys: [H, 2, N, Dk / 2].
+        indices: [T, H, K], int32 or int64, each in [0, N * N).
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
     _check(query, keys, 1)
+    fits = indices.dim() == 3 and indices.shape[:2] == query.shape[:2]
+    if not fits or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"indices: [{query.shape[0]}, {query.shape[1]}, K] int32 or int64 wanted, got "
+            f"{list(indices.shape)} {indices.dtype}"
+        )
     num_half_keys = keys.shape[2]
     slots = indices.long().transpose(0, 1)
     scores = half_scores(query, keys)
