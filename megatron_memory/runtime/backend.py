@@ -79,8 +79,11 @@ def prepare_megatron(device: str = "auto") -> Backend:
         if _prepared_for != kind:
             raise RuntimeError(f"megatron-core is prepared for {_prepared_for}, not for {kind}")
         return backend
-    _quieten_imports()
-    if kind == "cpu":
+    _quieten_megatron()
+    if kind == "cuda":
+        # Megatron's overlap of tensor-parallel communication needs its kernels in the order of launch.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
         from megatron_memory.runtime import megatron_cpu
 
         megatron_cpu.install()
@@ -91,13 +94,15 @@ def prepare_megatron(device: str = "auto") -> Backend:
     return backend
 
 
-def _quieten_imports() -> None:
-    """megatron-core warns once an import about each optional package; the doctor tells it once."""
+def _quieten_megatron() -> None:
+    """Silence what megatron-core says at every start, about itself and not about the run."""
     for message in (
-        ".*Transformer Engine.*",
+        ".*Transformer Engine.*",  # tools/doctor.py says which optional packages are missing
         ".*Apex is not installed.*",
         ".*nvidia-modelopt.*",
         ".*megatron-energon.*",
-        ".*Falling back to Torch.*",
+        ".*full scope is deprecated.*",
+        ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+        ".*torch.distributed.* is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)
