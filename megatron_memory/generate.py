@@ -1,0 +1,85 @@
+"""Continue prompts with a model that `megatron_memory.train` has saved.
+
+    python -m megatron_memory.generate --load DIR --prompt TEXT [--prompt TEXT ...] [--flags]
+
+All flags: `--help`. On N processes: `torchrun --nproc-per-node N -m megatron_memory.generate
+--tensor-model-parallel-size N ...`, whatever the training used.
+
+Exit codes: 0; 2 an error in flags, prompts, tokenizer or checkpoint (the message says which); 1
+anything else.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+
+EXIT_ERROR = 2
+_SECONDS_FOR_FIRST_RANK = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program on this rank; returns its exit code."""
+    from megatron_memory.exceptions import CheckpointError, ConfigurationError, DataError
+
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except (ConfigurationError, DataError, CheckpointError) as error:
+        return _fail(error)
+
+
+def _run(argv: Sequence[str]) -> int:
+    from megatron_memory.inference.arguments import parse_request, read_prompts
+
+    # megatron-core warns about itself, and torch about names it uses: nothing for a user to mend.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    request = parse_request(argv)
+    prompts = read_prompts(request.prompts)
+    from megatron_memory.runtime import prepare_megatron
+
+    backend = prepare_megatron(request.source.device)
+    from megatron_memory.inference.generator import load_generator
+    from megatron_memory.runtime.distributed import shutdown_distributed
+
+    generator = load_generator(request.source, backend)
+    _say(f"loaded {generator.saved.folder}")
+    started = time.perf_counter()
+    completions = generator.generate(
+        prompts,
+        request.sampling,
+        prepend_eod=request.prompts.prepend_eod,
+        max_batch_size=request.prompts.max_batch_size,
+    )
+    seconds = time.perf_counter() - started
+    for completion in completions:
+        _say(_report(completion))
+    num_tokens = sum(len(completion.tokens) for completion in completions)
+    _say(f"\n{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s")
+    shutdown_distributed()
+    return 0
+
+
+def _report(completion) -> str:
+    ending = "end of document" if completion.reached_end else f"{len(completion.tokens)} tokens"
+    return f"\nprompt> {completion.prompt}\n{completion.prompt}{completion.text} [{ending}]"
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _fail(error: Exception) -> int:
+    """Say what is wrong, once: the ranks meet the same error, and the first one's end is theirs."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(_SECONDS_FOR_FIRST_RANK)
+    prefix = "" if rank == 0 else f"rank {rank}: "
+    print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return EXIT_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

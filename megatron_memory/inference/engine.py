@@ -1,0 +1,147 @@
+"""megatron-core's inference: its scheduler, and its controller of a static batch with a KV cache.
+
+They are the parts of its `StaticInferenceEngine` that generate; the engine itself adds a progress bar
+and seeds torch's own generator. The dynamic engine needs flash-attn and a GPU.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.inference_request import InferenceRequest
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
+    InferenceWrapperConfig,
+)
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.scheduler import Scheduler
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_memory.inference.options import Sampling
+
+
+class InferenceEngine:
+    """Continues token sequences; every rank of the tensor-parallel group calls it alike.
+
+    Args:
+        model: on this rank, in Megatron's bf16 wrapper or not; built without sequence parallelism.
+        vocab_size: tokens that may be chosen; the embedding's padding is beyond them.
+        padded_vocab_size: rows of the embedding.
+        end_of_document: the token that ends a continuation; None: nothing but its length does.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        vocab_size: int,
+        padded_vocab_size: int,
+        end_of_document: int | None,
+    ):
+        self._model = model
+        self._vocab_size = vocab_size
+        self._padded_vocab_size = padded_vocab_size
+        self._end_of_document = end_of_document
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        sampling: Sampling,
+        max_batch_size: int,
+    ) -> list[list[int]]:
+        """Continue each prompt by at most `num_tokens` tokens.
+
+        Prompts of similar length share a batch, because a batch's cache is filled token by token from
+        its shortest prompt's end on.
+
+        Args:
+            prompts: one token or more each.
+            num_tokens: to add.
+            sampling: how tokens are chosen; its number of them is not read.
+            max_batch_size: sequences in the cache at once.
+
+        Returns:
+            the new tokens of each prompt, without the end of document; fewer than asked for where
+            there was one.
+        """
+        longest = max(map(len, prompts)) + num_tokens
+        batch_size = min(len(prompts), max_batch_size)
+        controller = self._controller(batch_size, longest)
+        controller.sampling_rng.manual_seed(sampling.seed)
+        scheduler = Scheduler(max_batch_size=batch_size)
+        by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        for number in by_length:
+            request = InferenceRequest(
+                request_id=number,
+                prompt="",
+                prompt_tokens=list(prompts[number]),
+                sampling_params=self._parameters(sampling, num_tokens),
+            )
+            scheduler.add_request(inference_request=request)
+        while scheduler.have_requests_pending():
+            active = scheduler.active_request_pool.copy()
+            scheduler.update_requests_pools(
+                result_dict=controller.generate_all_output_tokens_static_batch(active)
+            )
+        done = scheduler.completed_request_pool
+        return [done[number].generated_tokens.tolist() for number in range(len(prompts))]
+
+    def _controller(self, batch_size: int, num_positions: int) -> "_Controller":
+        config = get_model_config(self._model)
+        wrapper = GPTInferenceWrapper(
+            self._model,
+            InferenceWrapperConfig(
+                hidden_size=config.hidden_size,
+                params_dtype=config.params_dtype,
+                inference_batch_times_seqlen_threshold=-1,
+                padded_vocab_size=self._padded_vocab_size,
+                inference_max_requests=batch_size,
+                inference_max_seq_length=num_positions,
+            ),
+            StaticInferenceContext(batch_size, num_positions),
+        )
+        return _Controller(wrapper, _EndOfDocument(self._end_of_document), self._vocab_size)
+
+    def _parameters(self, sampling: Sampling, num_tokens: int) -> SamplingParams:
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_k=1 if sampling.is_greedy else sampling.top_k,
+            top_p=float(sampling.top_p),
+            num_tokens_to_generate=num_tokens,
+        )
+        parameters.add_attributes({"no_early_termination": self._end_of_document is None})
+        return parameters
+
+
+class _Controller(TextGenerationController):
+    """Chooses in fp32, and never the vocabulary's padding, which megatron-core takes for tokens."""
+
+    def __init__(self, wrapper: GPTInferenceWrapper, tokenizer: "_EndOfDocument", vocab_size: int):
+        super().__init__(wrapper, tokenizer)
+        self._vocab_size = vocab_size
+
+    def sample_from_logits(
+        self, last_token_logits: Tensor, sampling_params: SamplingParams, *args, **kwargs
+    ) -> Tensor:
+        return super().sample_from_logits(
+            last_token_logits[:, : self._vocab_size].float(), sampling_params
+        )
+
+
+class _EndOfDocument:
+    """As much of a tokenizer as the controller needs; its text would be wrong for prompts that a
+    tokenizer changes."""
+
+    def __init__(self, end_of_document: int | None):
+        # The controller fills the places that are yet to be generated with it.
+        self.eod = 0 if end_of_document is None else end_of_document
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return ""
