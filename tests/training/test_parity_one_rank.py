@@ -12,24 +12,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
-from megatron_memory.config import (
-    Config,
-    MemoryConfig,
-    ModelConfig,
-    OptimizerSettings,
-    ParallelConfig,
-    PrecisionConfig,
-    RecomputeConfig,
-    TrainingConfig,
-)
+from megatron_memory.config import Config, PrecisionConfig, RecomputeConfig
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training.setup import build_training_setup, unwrap
 from megatron_memory.training.step import evaluate_loss, train_step
 from tests.distributed import run_ranks
 from tests.full_tensors import assemble, local_gradients, local_weights
+from tests.tiny import SEQUENCE, VOCAB, tiny_config
 
-VOCAB, SEQUENCE, STEPS = 64, 16, 3
+STEPS = 3
 GRADIENT_TOLERANCES, WEIGHT_TOLERANCE = (1e-5, 1e-4, 1e-4), 3e-5
 
 LAYOUTS = {
@@ -67,31 +59,6 @@ RECOMPUTES = {
     ),
 }
 FULL_MEMORY = {"qk_norm": True, "softmax_sink": True, "gated": True, "share_scope": "layer"}
-
-
-def tiny_config(variant: str | None, parallel: dict | None = None, **options) -> Config:
-    """Four layers, two of them memory layers; `memory` options extend the variant."""
-    memory = dict(num_heads=2, top_k=4, num_half_keys=8) | options.pop("memory", {})
-    return Config(
-        model=ModelConfig(
-            num_layers=4,
-            hidden_size=32,
-            num_attention_heads=4,
-            seq_length=SEQUENCE,
-            position_embedding_type="rope",
-            normalization="RMSNorm",
-            swiglu=True,
-            disable_bias_linear=True,
-            attention_dropout=0.0,
-            hidden_dropout=0.0,
-            **options.pop("model", {}),
-        ),
-        memory=MemoryConfig(layers=variant and "1,3", variant=variant or "memory+", **memory),
-        parallel=ParallelConfig(**(parallel or {})),
-        optimizer=OptimizerSettings(lr=1e-2, min_lr=1e-3, adam_eps=1e-4, lr_warmup_iters=1),
-        training=TrainingConfig(micro_batch_size=2, global_batch_size=8, train_iters=8),
-        **options,
-    )
 
 
 def _batches(data_parallel_rank: int, data_parallel_size: int):
