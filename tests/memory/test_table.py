@@ -1,0 +1,158 @@
+"""The value table's gradient: where it goes, when it is reported, and what else may be frozen."""
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from megatron_memory.config import RecomputeConfig
+from tests.tiny import tiny_batch, tiny_config, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+RECOMPUTES = {
+    "none": RecomputeConfig(),
+    "full": RecomputeConfig(
+        recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+    ),
+    "mlp": RecomputeConfig(
+        recompute_granularity="selective", recompute_modules=("core_attn", "mlp")
+    ),
+}
+
+
+def wrap(model) -> DistributedDataParallel:
+    """Megatron's wrapper, which gives every parameter that learns a `main_grad`."""
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    ddp.zero_grad_buffer()
+    return ddp
+
+
+def backward(model, *seeds: int) -> None:
+    """Forward and backward of a microbatch for each seed."""
+    for seed in seeds or (5,):
+        model(**tiny_batch(seed)).sum().backward()
+
+
+def value_gradients(model) -> list[torch.Tensor]:
+    return [table.weight.main_grad.clone() for table in model.memory.tables()]
+
+
+def record_reports(model) -> list[list[torch.Tensor]]:
+    """For each table, its gradient at each of the reports to come."""
+    reports = []
+    for table in model.memory.tables():
+        seen: list[torch.Tensor] = []
+        table.on_gradient_ready = lambda table=table, seen=seen: seen.append(
+            table.weight.main_grad.clone()
+        )
+        reports.append(seen)
+    return reports
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@pytest.mark.parametrize("variant", ["pkm", "memory+", "peer"])
+def test_gradient_is_reported_once_a_microbatch_and_complete(variant, scope, recompute):
+    config = tiny_config(variant, memory={"share_scope": scope}, recompute=RECOMPUTES[recompute])
+    model = tiny_model(config)
+    reports = record_reports(model)
+    assert len(reports) == (1 if scope == "model" else 2) * (2 if variant == "peer" else 1)
+    ddp = wrap(model)
+    for microbatch in range(3):
+        backward(ddp, microbatch)
+        for seen, gradient in zip(reports, value_gradients(model), strict=True):
+            assert len(seen) == microbatch + 1
+            assert torch.equal(seen[-1], gradient)
+            assert gradient.any()
+
+
+@pytest.mark.parametrize("variant", ["pkm", "memory+", "peer"])
+def test_main_grad_is_the_gradient_of_autograd(variant: str):
+    """Without DDP the module works as any other does."""
+    config = tiny_config(variant)
+    plain, model = tiny_model(config), tiny_model(config)
+    backward(plain, 1, 2)
+    backward(wrap(model), 1, 2)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.main_grad, theirs.grad, rtol=1e-5, atol=1e-6)
+        assert theirs.grad.any()
+    assert all(table.weight.grad is None for table in model.memory.tables())
+
+
+def test_evaluation_between_microbatches_is_not_counted():
+    model = tiny_model(tiny_config("memory+"))
+    reports = record_reports(model)
+    ddp = wrap(model)
+    with torch.no_grad():
+        ddp(**tiny_batch())
+    ddp(**tiny_batch())  # a loss that nobody goes backward from
+    assert not reports[0]
+    backward(ddp)
+    assert len(reports[0]) == 1
+
+
+@pytest.mark.parametrize("variant", ["memory+", "peer"])
+def test_frozen_table(variant: str):
+    config = tiny_config(variant)
+    model, learning = tiny_model(config), tiny_model(config)
+    for table in model.memory.tables():
+        table.weight.requires_grad_(False)
+    reports = record_reports(model)
+    backward(wrap(model))
+    backward(wrap(learning))
+    for table, seen in zip(model.memory.tables(), reports, strict=True):
+        assert not hasattr(table.weight, "main_grad")
+        assert table.weight.grad is None
+        assert not seen
+    others = dict(learning.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.main_grad, others[name].main_grad), name
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["ddp", "autograd"])
+@pytest.mark.parametrize("variant", ["memory+", "peer"])
+def test_everything_frozen_but_the_tables(variant: str, wrapped: bool):
+    """As in sparse memory finetuning: the gradient must reach the tables of the first layer too."""
+    config = tiny_config(variant, memory={"share_scope": "layer"})
+    model, learning = tiny_model(config), tiny_model(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("memory."))
+    backward(wrap(model) if wrapped else model)
+    backward(wrap(learning))
+    for table, gradient in zip(model.memory.tables(), value_gradients(learning), strict=True):
+        ours = table.weight.main_grad if wrapped else table.weight.grad
+        torch.testing.assert_close(ours, gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_that_nobody_read_keep_their_gradient():
+    """The buffer is added to where rows were read, and nowhere else."""
+    model = tiny_model(tiny_config("memory+", memory={"num_half_keys": 32}))
+    ddp = wrap(model)
+    backward(ddp)
+    (table,) = model.memory.tables()
+    read = table.weight.main_grad.any(dim=1)
+    assert 0 < read.sum() < len(read)
+    table.weight.main_grad[~read] = float("nan")
+    backward(ddp)
+    assert table.weight.main_grad[~read].isnan().all()
+    assert not table.weight.main_grad[read].isnan().any()
+
+
+@pytest.mark.parametrize("scope, copies", [("model", 1), ("layer", 2)])
+def test_a_table_is_a_parameter_of_the_model_once(scope: str, copies: int):
+    model = tiny_model(tiny_config("memory+", memory={"share_scope": scope}))
+    tables = [
+        name for name, _ in model.named_parameters(remove_duplicate=False) if "values" in name
+    ]
+    assert len(tables) == copies
+    assert len([name for name in model.state_dict() if "values" in name]) == copies
+    assert all(name.startswith("memory.") for name in tables)
+
+
+def test_marks_that_megatron_reads():
+    (table,) = tiny_model(tiny_config("memory+")).memory.tables()
+    assert table.weight.allreduce is False
+    assert table.weight.is_memory_value
+    assert table.weight.tensor_model_parallel
+    assert table.weight.partition_dim == 1
