@@ -22,8 +22,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call function(*args) on each rank and return what the ranks return, in rank order.
 
-    The processes are forked from a server that has imported megatron-core once. The function must be
-    importable, at a module's top level.
+    The processes are forked from a server that has imported megatron-core once. The function must
+    be importable, at a module's top level.
 
     Raises:
         AssertionError: a rank failed (with its traceback) or did not finish in time (seconds).
@@ -31,7 +31,9 @@ def run_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [_start(context, function, rank, world_size, folder, args) for rank in range(world_size)]
+        ranks = [
+            _start(context, function, rank, world_size, folder, args) for rank in range(world_size)
+        ]
         try:
             return _collect([connection for _, connection in ranks], timeout)
         finally:

@@ -48,7 +48,10 @@ def assemble(ranks: list[Pieces]) -> dict[str, Tensor]:
                     view = view.narrow(dim, start, part.shape[dim])
                 known = ~view.isnan()
                 torch.testing.assert_close(
-                    part.float()[known], view[known], rtol=0, atol=0,
+                    part.float()[known],
+                    view[known],
+                    rtol=0,
+                    atol=0,
                     msg=lambda text, name=name: f"ranks disagree on {name}: {text}",
                 )
                 view.copy_(part)

@@ -33,8 +33,10 @@ def load_case(name: str) -> tuple[dict, dict[str, Tensor]]:
 
 def case_config(options: dict, tensor_parallel_size: int, sequence_parallel: bool) -> Config:
     """Our configuration of a case: `layers` memory layers and nothing that matters beside them."""
-    variant = "peer" if options.get("peer_variant") else (
-        "memory+" if options["swilu_projection"] else "pkm"
+    variant = (
+        "peer"
+        if options.get("peer_variant")
+        else ("memory+" if options["swilu_projection"] else "pkm")
     )
     return Config(
         model=ModelConfig(
@@ -86,7 +88,9 @@ def _pairs(layer, tensors: dict[str, Tensor], prefix: str) -> list[tuple]:
     if layer.linear_fc1 is not None:
         for name in ("weight", "bias"):
             golden = tensors[f"{prefix}swilu_projection.{name}"]
-            pairs.append((getattr(layer.linear_fc1, name), golden.chunk(group.size())[group.rank()]))
+            pairs.append(
+                (getattr(layer.linear_fc1, name), golden.chunk(group.size())[group.rank()])
+            )
     if layer.linear_fc2 is not None:
         golden = tensors[f"{prefix}value_proj.weight"]
         pairs.append((layer.linear_fc2.weight, golden.chunk(group.size(), 1)[group.rank()]))

@@ -2,9 +2,9 @@
 
     python tools/benchmark.py train-step
 
-compares the training step of a memory+ model with that of the dense model of the same shape: forward,
-backward and optimizer, on random tokens. Each round measures every model in a process of its own, one
-after the other, so that a machine that slows down slows all of them.
+compares the training step of a memory+ model with that of the dense model of the same shape:
+forward, backward and optimizer, on random tokens. Each round measures every model in a process of
+its own, one after the other, so that a machine that slows down slows all of them.
 """
 
 import argparse
@@ -226,15 +226,16 @@ def _print_table(options: dict[str, Any], rounds: list[list[Measurement]]) -> No
     print(f"training step on {where}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(", ".join(f"{name} {value}" for name, value in options.items()))
     tokens = options["seq_length"] * options["micro_batch_size"]
-    print(f"{'model':10}{'ms/step':>10}{'tokens/s':>12}{'peak GiB':>10}{'TFLOP/s':>10}{'of matmul':>11}")
+    columns = ("ms/step", "tokens/s", "peak GiB", "TFLOP/s", "of matmul")
+    print(f"{'model':10}" + "".join(f"{column:>12}" for column in columns))
     for number, model in enumerate(MODELS):
         runs = [measured[number] for measured in rounds]
         milliseconds = statistics.median(run.milliseconds for run in runs)
         share = statistics.median(run.tflops / run.matmul_tflops for run in runs)
         print(
-            f"{model:10}{milliseconds:10.1f}{tokens / milliseconds * 1e3:12,.0f}"
-            f"{statistics.median(run.peak_gib for run in runs):10.2f}"
-            f"{statistics.median(run.tflops for run in runs):10.3f}{share:11.1%}"
+            f"{model:10}{milliseconds:12.1f}{tokens / milliseconds * 1e3:12,.0f}"
+            f"{statistics.median(run.peak_gib for run in runs):12.2f}"
+            f"{statistics.median(run.tflops for run in runs):12.3f}{share:12.1%}"
         )
     ratios = [memory.milliseconds / dense.milliseconds for dense, memory in rounds]
     print(

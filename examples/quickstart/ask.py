@@ -10,17 +10,19 @@ OPENINGS = ("oak (noun):", "to swim (verb):", "violin (noun):")
 
 
 def ask_model(checkpoints: Path, device: str, num_questions: int) -> str:
-    """What the newest checkpoint says, on one process at whatever size it was trained, as text to print."""
+    """What the newest checkpoint says, on one process at whatever size it was trained, as text to
+    print."""
     backend = prepare_megatron(device)
     from megatron_memory.inference.generator import load_generator
     from megatron_memory.inference.options import ModelSource, Sampling
     from megatron_memory.runtime.distributed import shutdown_distributed
 
     generator = load_generator(ModelSource(load=str(checkpoints), device=device), backend)
-    openings = generator.generate(OPENINGS, Sampling(num_tokens_to_generate=24, greedy=True), prepend_eod=True)
+    sampling = Sampling(num_tokens_to_generate=24, greedy=True)
+    openings = generator.generate(OPENINGS, sampling, prepend_eod=True)
     facts = asked_facts()[:num_questions]
     questions = [_question(fact) for fact in facts]
-    answers = generator.generate(questions, Sampling(num_tokens_to_generate=8, greedy=True), prepend_eod=True)
+    answers = generator.generate(questions, sampling, prepend_eod=True)
     shutdown_distributed()
     lines = ["Continuations:"]
     lines += [f"  {c.prompt} ...{c.text.rstrip()}" for c in openings]

@@ -1,4 +1,5 @@
-"""The quickstart's text: WordNet to learn the language from, and a few hundred facts to be asked about."""
+"""The quickstart's text: WordNet to learn the language from, and a few hundred facts to be asked
+about."""
 
 import json
 import random

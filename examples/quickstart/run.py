@@ -2,7 +2,8 @@
 
     make quickstart                      (or: python examples/quickstart/run.py)
 
-Runs on the GPUs of this machine, or on its CPU with two processes. Everything goes to runs/quickstart.
+Runs on the GPUs of this machine, or on its CPU with two processes. Everything goes to
+runs/quickstart.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from ask import ask_model
@@ -50,7 +52,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-questions", type=int, default=60, help="facts to ask about")
     args = parser.parse_args()
     if args.train_iters < 2 or args.train_iters % 2:
-        parser.error(f"--train-iters {args.train_iters}: the run stops half-way; give an even number")
+        parser.error(f"--train-iters {args.train_iters}: it stops half-way; give an even number")
     return args
 
 
@@ -116,7 +118,7 @@ def _summary(run: Path, training: list[str], answers: str, seconds: float) -> No
     print(f"""
 {answers}
 Validation loss on held-out WordNet text: {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end
-Speed: {sorted(speed)[len(speed) // 2]:,.0f} tokens/s (median); all of it took {seconds / 60:.1f} minutes
+Speed: {median(speed):,.0f} tokens/s (median); all of it took {seconds / 60:.1f} minutes
 Curves: {run / "tensorboard"}   Checkpoints: {checkpoints}
 
 Try next:

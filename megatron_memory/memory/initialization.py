@@ -15,8 +15,9 @@ def init_table_columns_(
 ) -> None:
     """Fill a slice of a value table with N(0, std), the same values however the table is split.
 
-    Every block of 32 columns of the whole table has a generator of its own, so that a rank makes its columns
-    alone. The values depend on the kind of device, CPU or CUDA, whose generators differ.
+    Every block of 32 columns of the whole table has a generator of its own, so that a rank makes
+    its columns alone. The values depend on the kind of device, CPU or CUDA, whose generators
+    differ.
 
     Args:
         weight: [S, C], this rank's columns.
@@ -45,8 +46,8 @@ def init_table_columns_(
 def _block_seed(seed: int, table_number: int, block: int) -> int:
     """One seed a block, of 32 bits: torch's CPU generator heeds no others.
 
-    A run's 2**20 blocks of 32 columns and 2**10 tables never meet; the run's seed is spread over all bits, so
-    that the blocks of two runs hardly do.
+    A run's 2**20 blocks of 32 columns and 2**10 tables never meet; the run's seed is spread over
+    all bits, so that the blocks of two runs hardly do.
     """
     of_run = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
     return (of_run + (table_number << 20) + block) % 2**32

@@ -1,6 +1,7 @@
 """The memory layer in place of a transformer layer's MLP.
 
-Axes: T tokens, H heads, K values read per head, S slots, D value dimension, C columns of it on this rank.
+Axes: T tokens, H heads, K values read per head, S slots, D value dimension, C columns of it on this
+rank.
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import init_method_normal
-from memory_kernels import row_dot, weighted_bag
 from torch import Tensor
 
 from megatron_memory.memory.routing import MemoryRouter, Route, share_route
 from megatron_memory.memory.table import ValueTable
 from megatron_memory.memory.usage import SlotUsage
 from megatron_memory.model.config import MemoryTransformerConfig
+from memory_kernels import row_dot, weighted_bag
 
 
 @dataclasses.dataclass
@@ -61,7 +62,8 @@ class MemoryLayer(MegatronModule):
     ):
         super().__init__(config)
         self.tp_group = tp_group
-        self.layer_number: int | None = None
+        self.layer_number = 0
+        """Counted from 1 over the whole model; Megatron sets it."""
         self.usage: SlotUsage | None = None
         """Counts the slots read while it is set."""
         self.router = MemoryRouter(config)
@@ -114,7 +116,8 @@ class MemoryLayer(MegatronModule):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None):
         """x [s, b, hidden] (s is this rank's share under sequence parallelism) to (output, bias).
 
-        The padding mask is Megatron's for MoE layers and is not used: padding reads slots like any token.
+        The padding mask is Megatron's for MoE layers and is not used: padding reads slots like any
+        token.
         """
         route = self.router(x)
         if self.usage is not None:
@@ -136,7 +139,8 @@ class MemoryLayer(MegatronModule):
         return self._table("values")(weighted_bag, indices, weights)
 
     def _read_peer(self, x: Tensor, route: Route) -> Tensor:
-        """[T, C]; one all-reduce of [T, H * K] completes the dot products over the ranks' columns."""
+        """[T, C]; one all-reduce of [T, H * K] completes the dot products over the ranks'
+        columns."""
         indices, weights = share_route(route, self.config, self.tp_group)
         columns = self._own_columns_of_all_tokens(x)
         products = self._table("values_u")(row_dot, indices, columns)
@@ -191,5 +195,5 @@ def _sigmoid_gate(config: MemoryTransformerConfig) -> torch.nn.Linear:
         torch.nn.init.normal_(gate.weight, std=config.hidden_size**-0.5)
         torch.nn.init.zeros_(gate.bias)
     for parameter in gate.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
+        setattr(parameter, "sequence_parallel", config.sequence_parallel)
     return gate

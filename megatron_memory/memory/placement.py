@@ -8,7 +8,8 @@ _FORMS = 'Give layer numbers counted from 0 ("4,12,20") or "centered:COUNT:STRID
 def resolve_memory_layers(spec: str, num_layers: int) -> tuple[int, ...]:
     """The layer numbers, counted from 0 and ascending, that `--memory-layers` names.
 
-    `centered:3:8` are three layers with stride 8 around the middle: 4, 12, 20 of 24, the paper's choice.
+    `centered:3:8` are three layers with stride 8 around the middle: 4, 12, 20 of 24, the paper's
+    choice.
 
     Raises:
         ConfigurationError: the text has neither form, or a layer is out of range or named twice.
@@ -20,8 +21,8 @@ def resolve_memory_layers(spec: str, num_layers: int) -> tuple[int, ...]:
     outside = [layer for layer in layers if not 0 <= layer < num_layers]
     if outside:
         raise ConfigurationError(
-            f"--memory-layers {spec}: layer {outside[0]} is out of range, --num-layers {num_layers} "
-            f"has layers 0 to {num_layers - 1}. {_FORMS}"
+            f"--memory-layers {spec}: layer {outside[0]} is out of range, "
+            f"--num-layers {num_layers} has layers 0 to {num_layers - 1}. {_FORMS}"
         )
     if len(set(layers)) < len(layers):
         raise ConfigurationError(f"--memory-layers {spec}: a layer is named twice. {_FORMS}")
@@ -32,7 +33,8 @@ def _listed(spec: str) -> list[int]:
     try:
         return [int(item) for item in spec.split(",")]
     except ValueError:
-        raise ConfigurationError(f"--memory-layers {spec}: not a list of numbers. {_FORMS}") from None
+        message = f"--memory-layers {spec}: not a list of numbers. {_FORMS}"
+        raise ConfigurationError(message) from None
 
 
 def _centered(spec: str, num_layers: int) -> list[int]:

@@ -14,12 +14,12 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import MegatronModule
-from memory_kernels import product_key_topk
-from memory_kernels.product_key import product_key_scores
 from torch import Tensor
 
 from megatron_memory.memory.initialization import init_keys_
 from megatron_memory.model.config import MemoryTransformerConfig
+from memory_kernels import product_key_topk
+from memory_kernels.product_key import product_key_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,9 @@ class Route:
 class MemoryRouter(MegatronModule):
     """Query projection, keys and their top-k; replicated on every tensor-parallel rank.
 
-    With sequence parallelism each rank routes its own tokens and its gradients are partial sums, which Megatron
-    adds up for parameters marked `sequence_parallel`. Without it every rank routes all tokens alike.
+    With sequence parallelism each rank routes its own tokens and its gradients are partial sums,
+    which Megatron adds up for parameters marked `sequence_parallel`. Without it every rank routes
+    all tokens alike.
     """
 
     def __init__(self, config: MemoryTransformerConfig):
@@ -61,25 +62,24 @@ class MemoryRouter(MegatronModule):
             torch.nn.init.zeros_(self.query.bias)
             init_keys_(self.keys, self.key_dim)
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Route:
         """Route tokens x [T, hidden] (any leading shape is flattened)."""
         query = self.query(x).view(-1, self.num_heads, self.key_dim)
-        query, keys = self._normalize(query), self.keys
-        if self.config.memory.qk_norm:
-            keys = self._rms_norm_halves(keys.transpose(1, 2), self.key_norm).transpose(1, 2)
+        query, keys = self._normalize(query, self.keys)
         query = self._dropout(query)
         indices, scores = product_key_topk(query, keys, self.top_k, normalize=False)
         if self.training and self.config.memory.num_random_values:
             indices, scores = self._add_random_slots(query, keys, indices, scores)
         return Route(indices=indices, scores=scores, weights=self._softmax(scores))
 
-    def _normalize(self, query: Tensor) -> Tensor:
+    def _normalize(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         if not self.config.memory.qk_norm:
-            return query
-        halves = query.unflatten(-1, (2, -1))
-        return self._rms_norm_halves(halves, self.query_norm).flatten(-2)
+            return query, keys
+        query = self._rms_norm_halves(query.unflatten(-1, (2, -1)), self.query_norm).flatten(-2)
+        # The half is the second axis of the keys, and the one before the last here.
+        return query, self._rms_norm_halves(keys.transpose(1, 2), self.key_norm).transpose(1, 2)
 
     def _rms_norm_halves(self, halves: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm of each half-vector, [..., 2, Dk / 2], in fp32."""
@@ -94,7 +94,8 @@ class MemoryRouter(MegatronModule):
             return F.dropout(query, rate)
 
     def _add_random_slots(self, query, keys, indices, scores) -> tuple[Tensor, Tensor]:
-        """Read a few slots drawn uniformly too, at their own scores ("random values" in the paper)."""
+        """Read a few slots drawn uniformly too, at their own scores ("random values" in the
+        paper)."""
         shape = (*indices.shape[:2], self.config.memory.num_random_values)
         with routing_randomness(self.config):
             drawn = torch.randint(
@@ -112,7 +113,8 @@ class MemoryRouter(MegatronModule):
 
 
 def routing_randomness(config: MemoryTransformerConfig):
-    """The generator for a rank's own tokens: one a rank under sequence parallelism, else a common one."""
+    """The generator for a rank's own tokens: one a rank under sequence parallelism, else a common
+    one."""
     return get_cuda_rng_tracker().fork() if config.sequence_parallel else contextlib.nullcontext()
 
 
@@ -121,8 +123,9 @@ def share_route(
 ) -> tuple[Tensor, Tensor]:
     """Every token's (index, weight) on every tensor-parallel rank: [T, H * K] each.
 
-    A rank holds only some columns of the table, so the weights' gradient is a sum over the ranks. Under sequence
-    parallelism that is the backward of the gather; otherwise the weights are copied, and it is the copy's.
+    A rank holds only some columns of the table, so the weights' gradient is a sum over the ranks.
+    Under sequence parallelism that is the backward of the gather; otherwise the weights are copied,
+    and it is the copy's.
     """
     indices, weights = route.indices.flatten(1), route.weights.flatten(1)
     if tp_group.size() == 1:

@@ -15,8 +15,8 @@ from megatron_memory.model.config import MemoryTransformerConfig
 class ValueTable(MegatronModule):
     """S rows of D values, of which this rank holds C = D / tensor-parallel-size columns.
 
-    The gradient goes past autograd: readers add the rows that they read to DDP's `main_grad`, so that no
-    temporary of the table's size is made.
+    The gradient goes past autograd: readers add the rows that they read to DDP's `main_grad`, so
+    that no temporary of the table's size is made.
 
     Args:
         config: the model's.
@@ -44,14 +44,12 @@ class ValueTable(MegatronModule):
         columns = config.memory_value_dim // tp_group.size()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(
-            torch.empty(
-                config.memory_num_slots, columns, dtype=config.params_dtype, device=device
-            )
+            torch.empty(config.memory_num_slots, columns, dtype=config.params_dtype, device=device)
         )
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
         # Megatron gives such parameters gradient buffers and an optimizer of their own.
-        self.weight.allreduce = False
-        self.weight.is_memory_value = True
+        setattr(self.weight, "allreduce", False)
+        setattr(self.weight, "is_memory_value", True)
         if config.perform_initialization:
             init_table_columns_(
                 self.weight,
@@ -61,9 +59,7 @@ class ValueTable(MegatronModule):
                 table_number=table_number,
             )
 
-    def forward(
-        self, operator: Callable[..., Tensor], indices: Tensor, operand: Tensor
-    ) -> Tensor:
+    def forward(self, operator: Callable[..., Tensor], indices: Tensor, operand: Tensor) -> Tensor:
         """operator(table, indices, operand), an operator of `memory_kernels.bag`."""
         main_grad = getattr(self.weight, "main_grad", None)
         if main_grad is None or not (self.weight.requires_grad and torch.is_grad_enabled()):

@@ -16,7 +16,8 @@ class UsageFigures:
     share_of_slots_read: float
     """Slots read at least once, of all: 0 to 1 (the paper's "memory usage")."""
     kl_to_uniform: float
-    """KL divergence in nats of the slots' mean weights from the uniform distribution; 0 is perfectly even."""
+    """KL divergence in nats of the slots' mean weights from the uniform distribution; 0 is
+    perfectly even."""
 
 
 class SlotUsage:

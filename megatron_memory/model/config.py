@@ -9,8 +9,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_memory.config import Config, MemoryConfig, ModelConfig
 from megatron_memory.memory.placement import resolve_memory_layers
-from megatron_memory.runtime.features import has_apex, has_transformer_engine
 from megatron_memory.runtime import Backend
+from megatron_memory.runtime.features import has_apex, has_transformer_engine
 
 
 @dataclass
@@ -25,7 +25,8 @@ class MemoryTransformerConfig(TransformerConfig):
     """Seed of the value tables' initial values."""
 
     def __post_init__(self):
-        # Layers differ, so each needs a checkpoint key of its own; the field is spelled so in Megatron.
+        # Layers differ, so each needs a checkpoint key of its own; the field is spelled so in
+        # Megatron.
         self.hetereogenous_dist_checkpoint = True
         super().__post_init__()
 
@@ -62,7 +63,7 @@ def use_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
 def build_transformer_config(config: Config, backend: Backend) -> MemoryTransformerConfig:
     """Megatron's configuration for ours."""
     model, memory = config.model, config.memory
-    layers = resolve_memory_layers(memory.layers, model.num_layers) if memory.enabled else ()
+    layers = resolve_memory_layers(memory.layers, model.num_layers) if memory.layers else ()
     dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
     return MemoryTransformerConfig(
         memory=memory,
@@ -113,7 +114,7 @@ def _parallel_options(config: Config) -> dict:
 
 def _recompute_options(config: Config) -> dict:
     recompute = config.recompute
-    options = dict(
+    options: dict = dict(
         recompute_granularity=recompute.recompute_granularity,
         recompute_method=recompute.recompute_method,
         recompute_num_layers=recompute.recompute_num_layers,

@@ -27,7 +27,8 @@ def load_full_weights(model: MemoryGPTModel, tensors: dict[str, Tensor]) -> None
     sharded = _weight_shards(model)
     factories = {k: v for k, v in sharded.items() if isinstance(v, ShardedTensorFactory)}
     apply_factories(sharded)
-    state, used = {}, set()
+    state: dict = {}
+    used: set[str] = set()
     for name, shards in sharded.items():
         state[name] = _map(shards, lambda shard: _cut(shard, tensors))
         used.update(shard.key for shard in _flatten(shards))

@@ -1,4 +1,5 @@
-"""Norms for megatron-core's local layers, which its own torch norms cannot be under sequence parallelism."""
+"""Norms for megatron-core's local layers, which its own torch norms cannot be under sequence
+parallelism."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -32,4 +33,4 @@ def _factory_options(config: TransformerConfig) -> dict:
 
 def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> None:
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
+        setattr(parameter, "sequence_parallel", config.sequence_parallel)

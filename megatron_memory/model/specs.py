@@ -1,4 +1,5 @@
-"""The decoder's layers: Megatron-Core's own specs, with a memory layer for the MLP of the chosen ones."""
+"""The decoder's layers: Megatron-Core's own specs, with a memory layer for the MLP of the chosen
+ones."""
 
 from dataclasses import replace
 
@@ -56,8 +57,8 @@ def _with_memory(
             spec.submodules,
             pre_mlp_layernorm=norm_class(config) if local else backend.layer_norm(),
             mlp=memory,
-            # Checkpoint names as Transformer Engine's layers have them: the first norm is fused into its
-            # projection there, but the norm before a memory layer stands alone.
+            # Checkpoint names as Transformer Engine's layers have them: the first norm is fused
+            # into its projection there, but the norm before a memory layer stands alone.
             sharded_state_dict_keys_map=(
                 {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"} if local else {}
             ),

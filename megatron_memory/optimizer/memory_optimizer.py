@@ -1,4 +1,5 @@
-"""Two optimizers in a chain, each with its own gradient norm and clip: all other parameters, and the values."""
+"""Two optimizers in a chain, each with its own gradient norm and clip: all other parameters, and
+the values."""
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -29,8 +30,8 @@ class MemoryOptimizer(ChainedOptimizer):
         """Clip and update both.
 
         Returns:
-            whether the step was taken, the gradient norm of everything but the values, and the zeros in all
-            gradients (None unless they are counted).
+            whether the step was taken, the gradient norm of everything but the values, and the
+            zeros in all gradients (None unless they are counted).
         """
         if self.prepare_grads():
             self.value_grad_norm = None

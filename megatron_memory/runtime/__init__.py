@@ -1,4 +1,5 @@
-"""Where the model runs: one decision for CUDA + NCCL or CPU + gloo, and megatron-core fitted to it."""
+"""Where the model runs: one decision for CUDA + NCCL or CPU + gloo, and megatron-core fitted to
+it."""
 
 from megatron_memory.runtime.backend import Backend, prepare_megatron, select_backend
 

@@ -1,7 +1,5 @@
 """Adam with one step count a parameter group, as Apex and Transformer Engine have it."""
 
-from collections.abc import Callable
-
 import torch
 
 
@@ -31,9 +29,8 @@ class FusedAdam(torch.optim.Optimizer):
         self._fused_step = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "FusedAdam takes no closure"
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; closures are not taken."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
@@ -49,7 +46,7 @@ class FusedAdam(torch.optim.Optimizer):
         step = torch.tensor(float(group["step"]), device=params[0].device)
         self._fused_step(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],

@@ -39,8 +39,8 @@ def select_backend(device: str = "auto", distributed_backend: str | None = None)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and num_gpus == 0:
         raise ConfigurationError(
-            "--device cuda: torch sees no GPU here. Use --device cpu (or auto), or check the driver "
-            "and that torch is a CUDA build: python tools/doctor.py"
+            "--device cuda: torch sees no GPU here. Use --device cpu (or auto), or check the "
+            "driver and that torch is a CUDA build: python tools/doctor.py"
         )
     if device == "cpu" or num_gpus == 0:
         if distributed_backend == "nccl":
@@ -81,7 +81,7 @@ def prepare_megatron(device: str = "auto") -> Backend:
         return backend
     _quieten_megatron()
     if kind == "cuda":
-        # Megatron's overlap of tensor-parallel communication needs its kernels in the order of launch.
+        # Megatron's overlap of tensor-parallel communication needs kernels in launch order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         from megatron_memory.runtime import megatron_cpu

@@ -51,8 +51,8 @@ def _join(config: Config, backend: Backend) -> None:
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and Megatron's tracker of generators.
 
-    Ranks of one tensor-parallel group share the default generator and differ in the tracker's; pipeline
-    stages differ in both, which megatron-core leaves to its caller.
+    Ranks of one tensor-parallel group share the default generator and differ in the tracker's;
+    pipeline stages differ in both, which megatron-core leaves to its caller.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -23,8 +23,8 @@ def transformer_engine_spec_provider():
     """
     if not has_transformer_engine():
         raise ConfigurationError(
-            "--transformer-impl transformer_engine: it is not installed. Use --transformer-impl local, "
-            "or: pip install --no-build-isolation 'transformer-engine[pytorch]'"
+            "--transformer-impl transformer_engine: it is not installed. Use --transformer-impl "
+            "local, or: pip install --no-build-isolation 'transformer-engine[pytorch]'"
         )
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

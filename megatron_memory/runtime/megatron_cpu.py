@@ -34,7 +34,8 @@ def _retarget(constant: Any) -> Any:
 
 
 class _RetargetingLoader(importlib.machinery.SourceFileLoader):
-    """Loads a module from its source (or its untouched .pyc) with the device constants rewritten."""
+    """Loads a module from its source (or its untouched .pyc) with the device constants
+    rewritten."""
 
     def get_code(self, fullname: str) -> types.CodeType | None:
         return _retarget(super().get_code(fullname))
@@ -110,15 +111,19 @@ def install() -> None:
 
 def _install_torch_cuda_names() -> None:
     # One function object a name: torch._dynamo rejects a function registered under two names.
-    cuda = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.synchronize = lambda *args, **kwargs: None
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
-    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = lambda *args, **kwargs: _Stream()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    names = {
+        "current_device": lambda: torch.device("cpu"),
+        "synchronize": lambda *args, **kwargs: None,
+        "manual_seed": lambda seed: torch.manual_seed(seed) and None,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *args, **kwargs: _Stream(),
+    }
+    for name, substitute in names.items():
+        setattr(torch.cuda, name, substitute)
+    setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
 
 
 def _keep_one_generator() -> None:

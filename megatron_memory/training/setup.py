@@ -42,9 +42,7 @@ class TrainingSetup:
         return self.model[0].config
 
 
-def build_training_setup(
-    config: Config, backend: Backend, padded_vocab_size: int
-) -> TrainingSetup:
+def build_training_setup(config: Config, backend: Backend, padded_vocab_size: int) -> TrainingSetup:
     """Build the model on this rank, wrapped for data parallelism, and its optimizer.
 
     Args:
@@ -67,7 +65,7 @@ def build_training_setup(
 def unwrap(model: torch.nn.Module) -> MemoryGPTModel:
     """The model inside Megatron's wrappers."""
     while not isinstance(model, MemoryGPTModel):
-        model = model.module
+        model = model.get_submodule("module")
     return model
 
 
@@ -88,7 +86,8 @@ def _wrap(config: Config, model: MemoryGPTModel) -> DistributedDataParallel:
 
 
 def _report_gradient(table: ValueTable, ddp: DistributedDataParallel) -> None:
-    """Tell DDP when a table's gradient is complete, as its hook does for parameters that autograd sees."""
+    """Tell DDP when a table's gradient is complete, as its hook does for parameters that autograd
+    sees."""
     bucket_group = ddp.param_to_bucket_group[table.weight]
     table.on_gradient_ready = lambda: bucket_group.register_grad_ready(table.weight)
 

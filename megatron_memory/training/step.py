@@ -36,12 +36,13 @@ class StepResult:
 def train_step(
     setup: TrainingSetup, data_iterator: Iterator[Batch], num_microbatches: int
 ) -> StepResult:
-    """Forward and backward over the rank's microbatches, then the update and the schedule's next step.
+    """Forward and backward over the rank's microbatches, then the update and the schedule's next
+    step.
 
     Args:
         setup: of this rank.
-        data_iterator: yields `tokens`, `labels`, `loss_mask` and `position_ids`, [micro batch, seq] each.
-        num_microbatches: to take from it.
+        data_iterator: yields `tokens`, `labels`, `loss_mask` and `position_ids`, [micro batch, seq]
+        each. num_microbatches: to take from it.
     """
     for chunk in setup.model:
         chunk.train()

@@ -1,8 +1,8 @@
 """Single memory layers against the public reference's numbers (tests/golden/README.md).
 
-fp32 against fp32 in another order of summation: sums of some 10^2 terms of size 1 differ by a few times
-10^-6, and gradients pass through two or three such sums. 1e-5, relative to the largest entry, is ten times
-below what one wrong index or a missing term would cause.
+fp32 against fp32 in another order of summation: sums of some 10^2 terms of size 1 differ by a few
+times 10^-6, and gradients pass through two or three such sums. 1e-5, relative to the largest entry,
+is ten times below what one wrong index or a missing term would cause.
 """
 
 import pytest

@@ -1,10 +1,12 @@
-"""Whatever is parallel equals one rank: initial weights, losses, every gradient, weights after three steps.
+"""Whatever is parallel equals one rank: initial weights, losses, every gradient, weights after
+three steps.
 
-fp32; ranks sum in another order. The first gradients agree within 1e-5 of a tensor's largest entry, as single
-layers do (tests/memory/test_golden_module.py); the later ones within 1e-4, for by then the weights differ by
-rounding too. Adam divides by the root of the second moment, so that an entry whose gradient is itself rounding
-noise could move by the learning rate in either direction; eps 1e-4, far above the noise (about 1e-8) and below
-the gradients that matter, keeps weights comparable, to 3e-5.
+fp32; ranks sum in another order. The first gradients agree within 1e-5 of a tensor's largest entry,
+as single layers do (tests/memory/test_golden_module.py); the later ones within 1e-4, for by then
+the weights differ by rounding too. Adam divides by the root of the second moment, so that an entry
+whose gradient is itself rounding noise could move by the learning rate in either direction; eps
+1e-4, far above the noise (about 1e-8) and below the gradients that matter, keeps weights
+comparable, to 3e-5.
 """
 
 import pytest
@@ -144,8 +146,8 @@ def _assert_close(ranks: list[dict], reference: dict, what: str, tolerance: floa
 
 def _assert_tensors_close(what: str, ours: dict, theirs: dict, tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
-    # A gate's bias is one number, a sum over all tokens that nearly cancels: no smaller scale than 1% of the
-    # largest entry of all.
+    # A gate's bias is one number, a sum over all tokens that nearly cancels: no smaller scale than
+    # 1% of the largest entry of all.
     floor = 0.01 * max(tensor.abs().max() for tensor in theirs.values())
     for name, tensor in theirs.items():
         error = (ours[name] - tensor).abs().max() / tensor.abs().max().clamp(min=floor)
@@ -190,7 +192,8 @@ def test_recompute_changes_nothing(recompute: str, layout: str):
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "dp2-distopt"])
 def test_bf16_with_fp32_main_weights_follows_one_rank(layout: str):
-    """bf16 keeps 8 bits: activations of one rank and of two round differently, by some 1e-3 of the loss."""
+    """bf16 keeps 8 bits: activations of one rank and of two round differently, by some 1e-3 of the
+    loss."""
     world_size, parallel = LAYOUTS[layout]
     precision = PrecisionConfig(bf16=True)
     reference = one_rank("bf16", tiny_config("memory+", precision=precision))

@@ -1,7 +1,7 @@
 """Whole models against the public reference's training run (tests/golden/README.md).
 
-The 24 steps are chaotic enough to amplify rounding, yet every figure stays within 1e-4 of the reference's:
-the issue's bound, and about 10 to 100 times what is seen.
+The 24 steps are chaotic enough to amplify rounding, yet every figure stays within 1e-4 of the
+reference's: the issue's bound, and about 10 to 100 times what is seen.
 """
 
 import pytest
@@ -55,11 +55,15 @@ def _train(name: str, parallel: dict) -> list[dict]:
     return steps
 
 
-@pytest.mark.parametrize("parallel", [
-    {},
-    {"tensor_model_parallel_size": 2},
-    {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-], ids=["tp1", "tp2", "tp2-sp"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {},
+        {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ],
+    ids=["tp1", "tp2", "tp2-sp"],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_reference(name: str, parallel: dict):
     _, _, trajectory = load_case(name)

@@ -1,7 +1,8 @@
 """Autograd of the bag and of the row dot, whose table gradient has two destinations.
 
-A dense gradient as autograd returns it is as large as the table and is made anew in every call. With
-`main_grad` the rows that were read are added to that buffer, and autograd is told of no gradient.
+A dense gradient as autograd returns it is as large as the table and is made anew in every call.
+With `main_grad` the rows that were read are added to that buffer, and autograd is told of no
+gradient.
 """
 
 import torch

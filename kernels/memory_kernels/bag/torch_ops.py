@@ -29,9 +29,7 @@ def bag_sum(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """
     if indices.numel() == 0:
         return table.new_zeros(indices.shape[0], table.shape[1])
-    return F.embedding_bag(
-        indices, table, per_sample_weights=weights.to(table.dtype), mode="sum"
-    )
+    return F.embedding_bag(indices, table, per_sample_weights=weights.to(table.dtype), mode="sum")
 
 
 def bag_dot(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
@@ -92,7 +90,8 @@ def row_gradients(indices: Tensor, weights: Tensor, x: Tensor) -> tuple[Tensor, 
 
 
 def add_row_gradients(target: Tensor, indices: Tensor, weights: Tensor, x: Tensor) -> None:
-    """Add to target [S, D], in place, the gradient of a table read at `indices`; see row_gradients."""
+    """Add to target [S, D], in place, the gradient of a table read at `indices`; see
+    row_gradients."""
     if indices.numel():
         rows, sums = row_gradients(indices, weights, x)
         target.index_add_(0, rows, sums.to(target.dtype))

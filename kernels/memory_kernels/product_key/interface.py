@@ -11,9 +11,10 @@ def product_key_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k best of N * N product keys for each head, with their weights.
 
-    The key of slot i * N + j is the concatenation of half-keys i and j, so its score is the sum of two
-    half scores and the full keys are never built. Scores are computed in fp32. Differentiable in query and
-    keys. Product keys: Lample et al. 2019, section 3.2; heads as in "Memory Layers at Scale".
+    The key of slot i * N + j is the concatenation of half-keys i and j, so its score is the sum of
+    two half scores and the full keys are never built. Scores are computed in fp32. Differentiable
+    in query and keys. Product keys: Lample et al. 2019, section 3.2; heads as in "Memory Layers at
+    Scale".
 
     Args:
         query: [T, H, Dk].
@@ -22,8 +23,8 @@ def product_key_topk(
         normalize: softmax the scores over each head's k slots; False returns the scores.
 
     Returns:
-        indices [T, H, K] (int32 where N * N fits, else int64) and weights or scores [T, H, K] in fp32,
-        best first; of equal scores, the lower index first.
+        indices [T, H, K] (int32 where N * N fits, else int64) and weights or scores [T, H, K] in
+        fp32, best first; of equal scores, the lower index first.
 
     Raises:
         ValueError: shapes that do not fit together, or k out of range.

@@ -2,7 +2,8 @@
 
 Axes: T tokens, H heads, N half-keys, K slots chosen a head.
 
-Every order here is total, so that ranks, runs and devices agree: equal scores fall to the lower index.
+Every order here is total, so that ranks, runs and devices agree: equal scores fall to the lower
+index.
 """
 
 import functools
@@ -12,7 +13,8 @@ from torch import Tensor
 
 
 def half_scores(query: Tensor, keys: Tensor) -> Tensor:
-    """Scores of both halves, [2, H, T, N] in fp32 (fp64 for fp64); query and keys as the public call."""
+    """Scores of both halves, [2, H, T, N] in fp32 (fp64 for fp64); query and keys as the public
+    call."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     halves = query.to(dtype).unflatten(-1, (2, -1)).permute(2, 1, 0, 3)
     return halves @ keys.to(dtype).permute(1, 0, 3, 2)
@@ -29,7 +31,8 @@ def select_slots(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         i and j, [H, T, K] each, int64.
     """
     num_half_keys = scores.shape[-1]
-    candidates = topk_lower_index_first(scores, torch.arange(num_half_keys, device=scores.device), k)
+    half_keys = torch.arange(num_half_keys, device=scores.device)
+    candidates = topk_lower_index_first(scores, half_keys, k)
     best = scores.gather(-1, candidates)
     first, second = _pairs_that_can_win(k, scores.device)
     i, j = candidates[0][..., first], candidates[1][..., second]
@@ -49,7 +52,8 @@ def _pairs_that_can_win(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def topk_lower_index_first(scores: Tensor, index: Tensor, k: int) -> Tensor:
     """Positions of the k highest scores in the last dimension, of equal ones the lower index first.
 
-    torch.topk leaves the order of equal scores open, so the few rows that have any are sorted again.
+    torch.topk leaves the order of equal scores open, so the few rows that have any are sorted
+    again.
 
     Args:
         scores: [..., N].
