@@ -22,8 +22,10 @@ VOCAB, SEQUENCE = 64, 16
 
 
 def tiny_config(variant: str | None, parallel: dict | None = None, **options) -> Config:
-    """Four layers, two of them memory layers; `memory` options extend the variant."""
+    """Four layers, two of them memory layers; `memory` and `optimizer` change some settings."""
     memory = dict(num_heads=2, top_k=4, num_half_keys=8) | options.pop("memory", {})
+    optimizer = dict(lr=1e-2, min_lr=1e-3, adam_eps=1e-4, lr_warmup_iters=1)
+    optimizer |= options.pop("optimizer", {})
     return Config(
         model=ModelConfig(
             num_layers=4,
@@ -40,7 +42,7 @@ def tiny_config(variant: str | None, parallel: dict | None = None, **options) ->
         ),
         memory=MemoryConfig(layers=variant and "1,3", variant=variant or "memory+", **memory),
         parallel=ParallelConfig(**(parallel or {})),
-        optimizer=OptimizerSettings(lr=1e-2, min_lr=1e-3, adam_eps=1e-4, lr_warmup_iters=1),
+        optimizer=OptimizerSettings(**optimizer),
         training=TrainingConfig(micro_batch_size=2, global_batch_size=8, train_iters=8),
         **options,
     )
