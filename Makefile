@@ -57,7 +57,7 @@ bench: $(READY) ## the training step with memory against the dense model of the 
 gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing
 	@$(PYTHON_AT_HAND) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { \
 	    echo "make gpu: $(PYTHON_AT_HAND) has no torch that sees a GPU; python tools/doctor.py says why" >&2; exit 1; }
-	$(PYTHON_AT_HAND) -m pytest $(TESTS) -m gpu $(ARGS)
+	TEST_DEVICE=cuda $(PYTHON_AT_HAND) -m pytest tests/gpu $(ARGS)
 	$(PYTHON_AT_HAND) tools/benchmark.py train-step
 
 doctor: ## say what is installed, what is missing, and what will be used

@@ -1,11 +1,12 @@
-"""Fits megatron-core to this machine before any test imports it, and keeps torch to itself."""
+"""Fits megatron-core to the device under test before any test imports it."""
 
 import os
 
 import torch
 
 from megatron_memory.runtime import prepare_megatron
+from tests.devices import TEST_DEVICE
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-prepare_megatron()
+prepare_megatron(TEST_DEVICE)
 torch.set_num_threads(1)

@@ -80,7 +80,7 @@ def _rank_main(function, rank, world_size, folder, connection: Connection, args)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
-        prepare_megatron()
+        prepare_megatron("cpu")
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )
