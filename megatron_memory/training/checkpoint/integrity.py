@@ -100,21 +100,29 @@ def check_whole(folder: Path) -> Metadata:
     if not zipfile.is_zipfile(folder / "common.pt"):
         raise CheckpointError(f"{folder / 'common.pt'} is damaged or truncated")
     metadata = read_metadata(folder)
-    ends: dict[str, int] = {}
-    for stored in metadata.storage_data.values():
-        end = stored.offset + stored.length
-        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), end)
-    for name, end in ends.items():
+    for name, end in _lengths(metadata, folder).items():
         file = folder / name
-        if file.resolve().parent != folder.resolve():
-            raise CheckpointError(f"{folder / METADATA_FILE} names a file outside: {name}")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size < end:
-            raise CheckpointError(
-                f"{file} is truncated: {file.stat().st_size} bytes of at least {end}"
-            )
+        size = file.stat().st_size
+        if size < end:
+            raise CheckpointError(f"{file} is truncated: {size} bytes of at least {end}")
     return metadata
+
+
+def _lengths(metadata: Metadata, folder: Path) -> dict[str, int]:
+    """The bytes that each file must have at least, by its name."""
+    lengths: dict[str, int] = {}
+    try:
+        for stored in metadata.storage_data.values():
+            name, end = stored.relative_path, int(stored.offset + stored.length)
+            if Path(name).name != name:
+                raise ValueError(f"it names a file outside of the checkpoint, {name!r}")
+            lengths[name] = max(lengths.get(name, 0), end)
+        tensor_shapes(metadata)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / METADATA_FILE} is damaged: {error}") from error
+    return lengths
 
 
 def _check_format(path: Path) -> None:

@@ -43,23 +43,22 @@ class Found:
 def locate(load: Path) -> Path | None:
     """The checkpoint that `--load` means: the tracker's, or the iteration folder itself.
 
+    Without a tracker it is the newest: the first save was interrupted before the tracker was
+    written, or the checkpoint was copied alone.
+
     Returns:
         None where there is none at all.
 
     Raises:
-        CheckpointError: the tracker is damaged, or is missing although there are checkpoints.
+        CheckpointError: the tracker is damaged.
     """
     if folders.iteration_of(load) is not None:
         return load
     iteration = folders.read_tracker(load)
     if iteration is not None:
         return folders.published_folder(load, iteration)
-    if folders.saved_iterations(load):
-        raise CheckpointError(
-            f"--load {load}: there are checkpoints, but {folders.TRACKER} is missing, which names "
-            f"the newest complete one.{_loadable_instead(load)}"
-        )
-    return None
+    saved = folders.saved_iterations(load)
+    return folders.published_folder(load, saved[-1]) if saved else None
 
 
 def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None:
@@ -131,7 +130,7 @@ def load_checkpoint(setup: TrainingSetup, vocab_size: int, notify: Notify) -> Po
         notify(f"no checkpoint in {load}: starting from random weights")
         return Position()
     for note in found.notes:
-        notify(f"{found.folder} was trained with other settings: {note}")
+        notify(f"{found.folder} was trained with another setting: {note}")
     if checkpoint.finetune:
         _load_parts(setup, found, with_optimizer=False, with_generators=False)
         notify(f"loaded the weights of {found.folder}")

@@ -1,0 +1,208 @@
+"""A checkpoint that cannot be loaded says why, and which one can be."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_memory.config import Config, save_config
+from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.integrity import check_whole, read_metadata
+from megatron_memory.training.checkpoint.loader import find_checkpoint
+from tests.distributed import run_ranks
+from tests.training.tiny_runs import VOCAB, change, runs, tiny_config
+
+
+def _save_and_keep(config: Config) -> None:
+    runs([config])
+
+
+@pytest.fixture(scope="module")
+def written(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """Checkpoints of iterations 2 and 4, and the configuration that wrote them."""
+    folder = tmp_path_factory.mktemp("written")
+    config = tiny_config(
+        dataset,
+        checkpoint={"save": str(folder), "save_interval": 2},
+        training={"micro_batch_size": 2, "global_batch_size": 8, "train_iters": 4, "eval_iters": 0},
+    )
+    run_ranks(_save_and_keep, 1, config)
+    return config, folder
+
+
+@pytest.fixture
+def checkpoints(written: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path]:
+    """A copy to damage."""
+    config, folder = written
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(folder, copy)
+    return config, copy
+
+
+def test_whole_checkpoint_is_found(checkpoints):
+    config, folder = checkpoints
+    found = find_checkpoint(folder, config, VOCAB)
+    assert found.folder == folder / "iter_0000004"
+    assert found.common["iteration"] == 4 and found.common["consumed_samples"] == 32
+    assert found.shapes["memory.shared.values.weight"] == (64, 32)
+    assert find_checkpoint(folder / "iter_0000002", config, VOCAB).common["iteration"] == 2
+    assert find_checkpoint(folder / "nothing", config, VOCAB) is None
+
+
+@pytest.mark.parametrize(
+    "name", [".metadata", "common.pt", "metadata.json", "__0_0.distcp", "__0_1.distcp"]
+)
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "last byte"])
+def test_damaged_checkpoint_names_the_file_and_an_older_one(name: str, damage: str, checkpoints):
+    config, folder = checkpoints
+    path = folder / "iter_0000004" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        size = path.stat().st_size
+        os.truncate(path, {"empty": 0, "half": size // 2, "last byte": size - 1}[damage])
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(folder, config, VOCAB)
+    message = str(caught.value)
+    assert str(path) in message
+    assert f"Complete is iteration 2: --load {folder / 'iter_0000002'}" in message
+
+
+def test_all_damaged(checkpoints):
+    config, folder = checkpoints
+    for iteration in ("iter_0000002", "iter_0000004"):
+        (folder / iteration / "common.pt").unlink()
+    with pytest.raises(CheckpointError, match="There is no complete checkpoint"):
+        find_checkpoint(folder, config, VOCAB)
+
+
+def test_tracker_to_a_deleted_checkpoint_and_missing_tracker(checkpoints):
+    config, folder = checkpoints
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker.write_text("6\n")
+    with pytest.raises(CheckpointError, match="iter_0000006.*Complete is iteration 4"):
+        find_checkpoint(folder, config, VOCAB)
+    tracker.unlink()
+    assert find_checkpoint(folder, config, VOCAB).folder == folder / "iter_0000004"
+
+
+ARCHITECTURES = [
+    ("model", {"hidden_size": 64}, "--hidden-size 32 there, 64 here"),
+    ("model", {"num_layers": 3}, "--num-layers 2 there, 3 here"),
+    ("model", {"num_attention_heads": 8}, "--num-attention-heads 4 there, 8 here"),
+    ("model", {"normalization": "LayerNorm"}, "--normalization RMSNorm there, LayerNorm here"),
+    ("model", {"swiglu": False}, "--swiglu True there, False here"),
+    ("memory", {"variant": "pkm"}, "--memory-variant memory+ there, pkm here"),
+    ("memory", {"num_half_keys": 16}, "--memory-num-half-keys 8 there, 16 here"),
+    ("memory", {"layers": "0,1"}, "--memory-layers 1 there, 0,1 here"),
+    ("memory", {"layers": None}, "--memory-layers 1 there, none here"),
+    ("memory", {"share_scope": "layer"}, "--memory-share-scope model there, layer here"),
+    ("memory", {"qk_norm": True}, "--memory-qk-norm False there, True here"),
+]
+
+
+@pytest.mark.parametrize(("component", "fields", "expected"), ARCHITECTURES)
+def test_another_architecture_is_named(component: str, fields: dict, expected: str, checkpoints):
+    config, folder = checkpoints
+    with pytest.raises(CheckpointError, match="another architecture") as caught:
+        find_checkpoint(folder, change(config, component, **fields), VOCAB)
+    assert expected in str(caught.value)
+
+
+def test_every_difference_is_named_and_equal_spellings_are_none(checkpoints):
+    config, folder = checkpoints
+    other = change(change(config, "memory", layers="0,1", num_heads=4), "model", num_layers=4)
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(folder, other, VOCAB)
+    for flag in ("--num-layers", "--memory-layers", "--memory-num-heads"):
+        assert flag in str(caught.value)
+    # Of 2 layers, layer 0 or 1 is the middle one: two spellings of the same model.
+    assert find_checkpoint(folder, change(config, "memory", layers="01"), VOCAB) is not None
+
+
+def test_same_tensors_with_another_computation_are_told(checkpoints):
+    config, folder = checkpoints
+    other = change(change(config, "memory", top_k=2), "model", rotary_base=500000)
+    notes = find_checkpoint(folder, other, VOCAB).notes
+    assert notes == [
+        "--rotary-base 10000 there, 500000 here",
+        "--memory-top-k 4 there, 2 here",
+    ]
+
+
+def test_another_vocabulary(checkpoints):
+    config, folder = checkpoints
+    with pytest.raises(CheckpointError, match="trained with 64 tokens.* has 65"):
+        find_checkpoint(folder, config, VOCAB + 1)
+
+
+def test_unreadable_configuration(checkpoints):
+    config, folder = checkpoints
+    (folder / "iter_0000004" / "config.yaml").write_text("num_layers: many\n")
+    with pytest.raises(CheckpointError, match="config.yaml"):
+        find_checkpoint(folder, config, VOCAB)
+    save_config(config, folder / "iter_0000004" / "config.yaml")
+    assert find_checkpoint(folder, config, VOCAB) is not None
+
+
+class _Harm:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_code_in_a_checkpoint_is_not_run(name: str, checkpoints, tmp_path: Path):
+    config, folder = checkpoints
+    harm = tmp_path / "harm"
+    path = folder / "iter_0000004" / name
+    if name == "common.pt":
+        torch.save({"iteration": _Harm(harm)}, path)
+    else:
+        path.write_bytes(pickle.dumps(_Harm(harm)))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        find_checkpoint(folder, config, VOCAB)
+    assert not harm.exists()
+
+
+def test_getattr_in_metadata_is_refused(checkpoints):
+    _, folder = checkpoints
+    path = folder / "iter_0000004" / ".metadata"
+    path.write_bytes(b"cbuiltins\ngetattr\n(ctorch\nSize\nV__subclasses__\ntR.")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_metadata(folder / "iter_0000004")
+
+
+def test_file_outside_the_checkpoint_is_refused(checkpoints):
+    _, folder = checkpoints
+    inner = folder / "iter_0000004"
+    metadata = read_metadata(inner)
+    for stored in metadata.storage_data.values():
+        stored.relative_path = "../iter_0000002/" + stored.relative_path
+    with open(inner / ".metadata", "wb") as file:
+        pickle.dump(metadata, file)
+    with pytest.raises(CheckpointError, match="outside"):
+        check_whole(inner)
+
+
+def test_fuzzed_metadata_raises_nothing_else(checkpoints):
+    _, folder = checkpoints
+    path = folder / "iter_0000004" / ".metadata"
+    original = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(300):
+        mutated = bytearray(original)
+        for position in torch.randint(0, len(original), (3,), generator=generator).tolist():
+            mutated[position] = int(torch.randint(0, 256, (), generator=generator))
+        path.write_bytes(mutated)
+        try:
+            check_whole(folder / "iter_0000004")
+        except CheckpointError:
+            refused += 1
+    assert refused > 30
