@@ -1,18 +1,19 @@
 """Batches of a dataset, in an order that depends on nothing but the number of samples consumed."""
 
-import atexit
-import functools
-import mmap
+import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from megatron_memory.exceptions import DataError
 
+_JOB_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -76,10 +77,10 @@ def batch_iterator(
         # Without its own generator the loader draws a seed from the global one, and a run that is
         # stopped and resumed would see other dropout masks than one that is not.
         generator=torch.Generator(),
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        worker_init_fn=functools.partial(_shield_worker, _shutdown_flag()) if num_workers else None,
+        **_worker_options() if num_workers else {},
     )
-    return iter(loader)
+    with _signals_held_back():
+        return iter(loader)
 
 
 class MicrobatchSampler(Sampler[list[int]]):
@@ -111,30 +112,42 @@ class MicrobatchSampler(Sampler[list[int]]):
             yield list(range(first, first + self.micro_batch_size))
 
 
+def _worker_options() -> dict[str, Any]:
+    if sys.platform != "linux":
+        return {}
+    # Forked workers share the memory-mapped index.
+    return {"multiprocessing_context": "fork", "worker_init_fn": _shield_worker}
+
+
 def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     kept = [{key: sample[key] for key in _KEYS if key in sample} for sample in samples]
     return default_collate(kept)
 
 
-@functools.cache
-def _shutdown_flag() -> mmap.mmap:
-    """One byte that forked workers share: 1 once the main process is on its way out."""
-    flag = mmap.mmap(-1, 1)
-
-    def raise_flag() -> None:
-        flag[0] = 1
-
-    # Registered after multiprocessing's own exit handler, so it runs before that one.
-    atexit.register(raise_flag)
-    return flag
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Workers forked inside inherit the hold, so that no signal reaches one before its shield."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, (*_JOB_SIGNALS, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _shield_worker(shutting_down: mmap.mmap, worker_id: int) -> None:
+def _shield_worker(worker_id: int) -> None:
     """Keep a worker alive through signals that mean the training process.
 
     Launchers and schedulers send SIGTERM or SIGUSR1 to every process of a job. The training process
     then finishes its step, for which it still needs its workers; it ends them itself.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if shutting_down[0] else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
+    # SIGTERM stays blocked, so that this thread alone takes it and sees who sent it.
+    threading.Thread(target=_end_at_parents_word, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_at_parents_word(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
