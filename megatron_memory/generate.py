@@ -14,6 +14,10 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_memory.inference.generator import Completion
 
 EXIT_ERROR = 2
 _SECONDS_FOR_FIRST_RANK = 3
@@ -43,25 +47,30 @@ def _run(argv: Sequence[str]) -> int:
     from megatron_memory.inference.generator import load_generator
     from megatron_memory.runtime.distributed import shutdown_distributed
 
-    generator = load_generator(request.source, backend)
-    _say(f"loaded {generator.saved.folder}")
-    started = time.perf_counter()
-    completions = generator.generate(
-        prompts,
-        request.sampling,
-        prepend_eod=request.prompts.prepend_eod,
-        max_batch_size=request.prompts.max_batch_size,
-    )
-    seconds = time.perf_counter() - started
-    for completion in completions:
-        _say(_report(completion))
-    num_tokens = sum(len(completion.tokens) for completion in completions)
-    _say(f"\n{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s")
-    shutdown_distributed()
+    try:
+        generator = load_generator(request.source, backend)
+        _say(f"loaded {generator.saved.folder}")
+        started = time.perf_counter()
+        completions = generator.generate(
+            prompts,
+            request.sampling,
+            prepend_eod=request.prompts.prepend_eod,
+            max_batch_size=request.prompts.max_batch_size,
+        )
+        _report(completions, time.perf_counter() - started)
+    finally:
+        shutdown_distributed()
     return 0
 
 
-def _report(completion) -> str:
+def _report(completions: list["Completion"], seconds: float) -> None:
+    for completion in completions:
+        _say(_shown(completion))
+    num_tokens = sum(len(completion.tokens) for completion in completions)
+    _say(f"\n{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s")
+
+
+def _shown(completion: "Completion") -> str:
     ending = "end of document" if completion.reached_end else f"{len(completion.tokens)} tokens"
     return f"\nprompt> {completion.prompt}\n{completion.prompt}{completion.text} [{ending}]"
 

@@ -1,7 +1,7 @@
 """megatron-core's inference: its scheduler, and its controller of a static batch with a KV cache.
 
-They are the parts of its `StaticInferenceEngine` that generate; the engine itself adds a progress bar
-and seeds torch's own generator. The dynamic engine needs flash-attn and a GPU.
+They are the parts of its `StaticInferenceEngine` that generate; the engine itself adds a progress
+bar and seeds torch's own generator. The dynamic engine needs flash-attn and a GPU.
 """
 
 from collections.abc import Sequence
@@ -58,8 +58,8 @@ class InferenceEngine:
     ) -> list[list[int]]:
         """Continue each prompt by at most `num_tokens` tokens.
 
-        Prompts of similar length share a batch, because a batch's cache is filled token by token from
-        its shortest prompt's end on.
+        Prompts of similar length share a batch, because a batch's cache is filled token by token
+        from its shortest prompt's end on.
 
         Args:
             prompts: one token or more each.

@@ -99,7 +99,7 @@ def _for_inference(saved: Config, source: ModelSource) -> Config:
     impl = saved.model.transformer_impl
     return replace(
         saved,
-        # None takes Transformer Engine where it is and the local layers elsewhere: the same tensors.
+        # None: Transformer Engine where it is, else the local layers, which have the same tensors.
         model=replace(saved.model, transformer_impl="local" if impl == "local" else None),
         memory=replace(saved.memory, parallel_size=1, kernels="auto"),
         parallel=ParallelConfig(
