@@ -1,4 +1,4 @@
-"""Runs of the training program on a tiny model and data, for tests: as functions that a rank calls."""
+"""Runs of the training program on a tiny model and data, as functions that a test rank calls."""
 
 import dataclasses
 import os
