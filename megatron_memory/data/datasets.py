@@ -67,7 +67,8 @@ def build_datasets(
 
     Samples are those of Megatron-LM, in its order, for the same seed and flags. The index of the
     samples is built once for each node and cached. A single dataset, or several with weights, is
-    repeated as often as the number of samples asks for, newly shuffled each time.
+    repeated as often as the number of samples asks for, newly shuffled each time; their order
+    depends on that number only through the number of passes.
 
     No attention mask is made without `reset_attention_mask`: causal attention makes its own.
 
