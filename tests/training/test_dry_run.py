@@ -1,0 +1,76 @@
+"""`--dry-run`: its lines, for any number of ranks, without making the model."""
+
+import pytest
+
+from megatron_memory.exceptions import ConfigurationError
+from megatron_memory.train import main
+
+PAPER = [
+    *("--num-layers", "24", "--hidden-size", "2048", "--num-attention-heads", "16"),
+    *("--ffn-hidden-size", "5632", "--swiglu", "--disable-bias-linear"),
+    *("--normalization", "RMSNorm", "--untie-embeddings-and-output-weights"),
+    *("--position-embedding-type", "rope", "--seq-length", "2048"),
+    *("--micro-batch-size", "4", "--global-batch-size", "512", "--train-iters", "1000"),
+    *("--lr", "1e-4", "--vocab-size", "32000", "--bf16", "--device", "cuda", "--dry-run"),
+]
+
+
+def _lines(arguments: list[str], capsys: pytest.CaptureFixture) -> list[str]:
+    assert main(arguments) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_papers_1_3b_model_with_a_million_values(capsys: pytest.CaptureFixture):
+    """The paper reports 3.377b for Memory+ 1M; not all of its shapes are known."""
+    lines = _lines([*PAPER, "--memory-layers", "centered:3:8"], capsys)
+    total = next(line for line in lines if line.startswith("Parameters"))
+    number = int(total.split()[1].rstrip(";").replace(",", ""))
+    assert number == pytest.approx(3.377e9, rel=0.03)
+    assert "  memory values: 2,147,483,648; on each rank 2,147,483,648" in lines
+    assert (
+        "  memory layers 4, 12, 20 (counted from 0), one table for all: 1,048,576 rows of 2048"
+        in lines
+    )
+    assert any(line.startswith("Tokens: 1,048,576 a step (512 sequences of 2048") for line in lines)
+
+
+def test_values_add_no_flops_but_the_rows_read(capsys: pytest.CaptureFixture):
+    def flops(half_keys: str) -> dict[str, int]:
+        memory = ["--memory-layers", "4,12,20", "--memory-num-half-keys", half_keys]
+        lines = _lines([*PAPER, *memory], capsys)
+        return {
+            line.split(":")[0].strip(): int(line.split(":")[1].split("(")[0].replace(",", ""))
+            for line in lines
+            if line.startswith("  ") and line.endswith("%)")
+        }
+
+    small, large = flops("1024"), flops("8192")
+    assert small["weighted sum of values"] == large["weighted sum of values"]
+    differing = [name for name in small if small[name] != large[name]]
+    assert differing == ["memory key scores"]
+
+
+def test_any_number_of_ranks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    parallel = ["--tensor-model-parallel-size", "8", "--use-distributed-optimizer"]
+    lines = _lines([*PAPER, "--memory-layers", "4,12,20", *parallel], capsys)
+    assert any("32 ranks = 8 tensor-parallel x 4 data-parallel" in line for line in lines)
+    assert "  ranks 7, 15, 23, ...: columns 1792 to 2047 of each table" in lines
+    assert "  memory values: 2,147,483,648; on each rank 268,435,456" in lines
+    values = next(line for line in lines if line.startswith("  values:"))
+    # 2^28 values: 2 bytes each, 4 of gradient, and 4 + 8 bytes over 4 data-parallel ranks.
+    assert values == (
+        "  values: weights (bf16) 512.00 MiB, gradients (fp32) 1.00 GiB, "
+        "main weights (fp32) 256.00 MiB, optimizer states (fp32) 512.00 MiB"
+    )
+
+
+def test_model_without_memory(capsys: pytest.CaptureFixture):
+    lines = _lines(PAPER, capsys)
+    assert not any("values:" in line or "memory layers" in line for line in lines)
+
+
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert main([*PAPER, "--tensor-model-parallel-size", "4"]) == 2
+    assert ConfigurationError.__name__ in capsys.readouterr().err
