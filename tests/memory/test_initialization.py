@@ -54,14 +54,19 @@ def test_bf16_is_the_rounded_fp32_table():
     assert torch.equal(table_slice(0, 40, dtype=torch.bfloat16), table_slice(0, 40).bfloat16())
 
 
+def have_a_column_in_common(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether any column of one is any column of the other."""
+    return bool((first.T[:, None] == second.T[None]).all(dim=-1).any())
+
+
 @pytest.mark.parametrize("other", [0, 1, 1235, 1234 + 4, 1234 + 2**10, 1234 + 2**32, 2**63])
 def test_seeds_differ(other: int):
-    assert not (table_slice(0, 40, seed=other) == table_slice(0, 40)).all(dim=0).any()
+    assert not have_a_column_in_common(table_slice(0, 160, seed=other), table_slice(0, 160))
 
 
 @pytest.mark.parametrize("other", [1, 2, 511])
 def test_tables_of_a_model_differ(other: int):
-    assert not (table_slice(0, 40, number=other) == table_slice(0, 40)).all(dim=0).any()
+    assert not have_a_column_in_common(table_slice(0, 160, number=other), table_slice(0, 160))
 
 
 def test_the_generator_of_the_run_is_left_alone():

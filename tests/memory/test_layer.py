@@ -44,7 +44,7 @@ def read(layer: MemoryLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     slots = torch.arange(HALF_KEYS**2)
     first, second = layer.router.keys.unbind(1)
     keys = torch.cat((first[:, slots // HALF_KEYS], second[:, slots % HALF_KEYS]), dim=-1)
-    scores, indices = torch.einsum("thd,hsd->ths", query, keys).topk(TOP_K)
+    scores, indices = torch.einsum("thd,hnd->thn", query, keys).topk(TOP_K)
     return indices.flatten(1), scores.softmax(dim=-1).flatten(1)
 
 
