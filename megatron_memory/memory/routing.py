@@ -21,6 +21,10 @@ from megatron_memory.model.config import MemoryTransformerConfig
 from memory_kernels import product_key_topk
 from memory_kernels.product_key import product_key_scores
 
+# Keys begin with a mean square of 1 / (3 * key_dim), 1.6e-4 for a key of 2048: the model's own
+# epsilon, 1e-5, would be felt.
+_QK_NORM_EPSILON = 1e-8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Route:
@@ -83,7 +87,7 @@ class MemoryRouter(MegatronModule):
 
     def _rms_norm_halves(self, halves: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm of each half-vector, [..., 2, Dk / 2], in fp32."""
-        normed = F.rms_norm(halves.float(), halves.shape[-1:], eps=self.config.layernorm_epsilon)
+        normed = F.rms_norm(halves.float(), halves.shape[-1:], eps=_QK_NORM_EPSILON)
         return (normed * gain.float().view(2, -1)).to(halves.dtype)
 
     def _dropout(self, query: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
     if not config.memory.enabled:
         return chain
     # Megatron gives parameters with `allreduce` False a chained optimizer of their own, the second.
+    if len(chain.chained_optimizers) == 1:  # the values are frozen
+        return chain
     dense, values = chain.chained_optimizers
     return MemoryOptimizer(dense, values, value_clip_grad=config.memory.value_clip_grad)
 

@@ -30,7 +30,7 @@ class StepResult:
     value_learning_rate: float | None
     """Of the values, in this step; None without memory."""
     skipped: bool
-    """Whether the gradients were not finite and the weights stayed."""
+    """Whether Megatron left the weights as they were: under a loss scale, on infinite gradients."""
 
 
 def train_step(

@@ -132,3 +132,16 @@ def test_retrieval_gives_the_same_bits_twice(two_threads):
         gradients = torch.autograd.grad((weights * weights).sum(), (query, keys))
         results.append((indices, weights.detach(), *gradients))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("operator", [weighted_bag, row_dot])
+def test_main_grad_without_another_gradient(operator):
+    """A constant operand, as with a frozen router: the table still gets its gradient."""
+    table = torch.randn(10, 4, requires_grad=True)
+    indices = torch.tensor([[1, 1, 7]])
+    operand = torch.ones(1, 3 if operator is weighted_bag else 4)
+    main_grad = torch.zeros(10, 4)
+    operator(table, indices, operand, main_grad=main_grad).sum().backward()
+    expected = torch.zeros(10, 4)
+    expected[1], expected[7] = 2.0, 1.0
+    assert torch.equal(main_grad, expected)

@@ -33,8 +33,9 @@ def weighted_bag(
     """
     _check(table, indices, main_grad)
     _check_shape("weights", weights, tuple(indices.shape))
-    source = table if main_grad is None else table.detach()
-    y = WeightedBag.apply(source, indices, weights, main_grad)
+    if main_grad is not None:
+        table, weights = table.detach(), _requiring_grad(weights)
+    y = WeightedBag.apply(table, indices, weights, main_grad)
     if gate is None:
         return y
     _check_shape("gate", gate, tuple(y.shape))
@@ -60,8 +61,14 @@ def row_dot(
     """
     _check(table, indices, main_grad)
     _check_shape("x", x, (indices.shape[0], table.shape[1]))
-    source = table if main_grad is None else table.detach()
-    return RowDot.apply(source, indices, x, main_grad)
+    if main_grad is not None:
+        table, x = table.detach(), _requiring_grad(x)
+    return RowDot.apply(table, indices, x, main_grad)
+
+
+def _requiring_grad(operand: Tensor) -> Tensor:
+    """Autograd runs backward, and with it the sum into main_grad, for such operands only."""
+    return operand if operand.requires_grad else operand.detach().requires_grad_()
 
 
 def _check(table: Tensor, indices: Tensor, main_grad: Tensor | None) -> None:
