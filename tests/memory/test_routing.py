@@ -17,11 +17,9 @@ HEADS, TOP_K, SLOTS, TOKENS = 2, 4, 64, 40
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def make_router(
-    *, parallel: dict | None = None, norm_epsilon: float = 1e-5, **memory
-) -> MemoryRouter:
+def make_router(*, parallel: dict | None = None, **memory) -> MemoryRouter:
     """The tiny model's router, in training mode; biases and gains are not their initial ones."""
-    config = tiny_config("pkm", parallel, memory=memory, model={"norm_epsilon": norm_epsilon})
+    config = tiny_config("pkm", parallel, memory=memory)
     seed_everything(7)
     router = MemoryRouter(build_transformer_config(config, select_backend("cpu")))
     with torch.no_grad():
