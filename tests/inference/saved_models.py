@@ -78,7 +78,7 @@ def tiny_config(save: Path, variant: str = "memory+", **changes: dict[str, Any])
 
 
 def save_model(config: Config, iterations: Sequence[int] = (5,)) -> list[tuple[int, ...]] | None:
-    """Save the model that a training with this configuration begins with; a collective call.
+    """Save a model, as a training with this configuration would; a collective call.
 
     Returns:
         what the training's own model says after PROMPTS, which it reads on one rank only.
@@ -89,6 +89,10 @@ def save_model(config: Config, iterations: Sequence[int] = (5,)) -> list[tuple[i
     assert data.vocab_size is not None, "the models here have no tokenizer of their own"
     padded = padded_vocab_size(data.vocab_size, data.make_vocab_size_divisible_by, ranks)
     setup = build_training_setup(config, backend, padded)
+    with torch.no_grad():
+        for parameter in setup.model[0].parameters():
+            # Else a model that nothing was loaded into would be the same one.
+            parameter.mul_(1.25)
     saver = CheckpointSaver(setup, data.vocab_size)
     for iteration in iterations:
         saver.save(Position(iteration=iteration))
