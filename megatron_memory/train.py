@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    from megatron_memory.config import check_config, parse_arguments
+    from megatron_memory.config import check_config, check_layers_available, parse_arguments
 
     config = parse_arguments(argv)
     if config.training.dry_run:
@@ -46,10 +46,14 @@ def _run(argv: Sequence[str] | None) -> int:
 
         return dry_run(config)
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from megatron_memory.optional import is_installed
     from megatron_memory.runtime import prepare_megatron, select_backend
 
     prepare_megatron(config.parallel.device)
     backend = select_backend(config.parallel.device, config.parallel.distributed_backend)
+    check_layers_available(
+        config, is_cuda=backend.is_cuda, has_transformer_engine=is_installed("te")
+    )
     from megatron_memory.runtime.distributed import shutdown_distributed
     from megatron_memory.training.program import run_training
 

@@ -155,7 +155,7 @@ _REFUSED = {
     "positions are chosen by --position-embedding-type; use rope or none": "no_position_embedding",
     "norms are plain and stand before their block; use --normalization": """
         apply_layernorm_1p apply_residual_connection_post_layernorm fused_residual_rmsnorm""",
-    "all weights are initialised by --init-method-std, whatever the layout": """
+    "--init-method-std decides the initial weights, and the paper those of the memory": """
         init_method_xavier_uniform embedding_init_method_std use_cpu_initialization
         init_model_with_meta_device no_initialization data_parallel_random_init use_mup mup_*""",
     "layers are all of one kind but for memory layers and experts": """

@@ -38,7 +38,7 @@ class MemoryConfig:
     num_random_values: int = option(0, at_least=0)
     """Random rows that each head reads in addition to its best ones while training."""
     softmax_sink: bool = False
-    """An extra logit of zero in each head's softmax, so that a head can read nothing."""
+    """An extra logit in each head's softmax, learned from zero, so that a head can read nothing."""
     query_dropout: float = option(0.0, at_least=0, below=1)
     """Dropout of the queries."""
     value_dropout: float = option(0.0, at_least=0, below=1)

@@ -15,8 +15,8 @@ from megatron_memory.config.checks_parallel import parallel_problems
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from megatron_memory.inference.options import ModelSource
+from megatron_memory.optional import is_installed
 from megatron_memory.runtime import Backend
-from megatron_memory.runtime.features import has_transformer_engine
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.loader import locate
@@ -57,7 +57,7 @@ def find_saved_model(source: ModelSource, backend: Backend, world_size: int) -> 
         )
     raise_problems([*memory_problems(config), *parallel_problems(config, world_size)])
     check_layers_available(
-        config, is_cuda=backend.is_cuda, has_transformer_engine=has_transformer_engine()
+        config, is_cuda=backend.is_cuda, has_transformer_engine=is_installed("te")
     )
     return SavedModel(folder=folder, config=config)
 

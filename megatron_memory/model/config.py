@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_memory.config import Config, MemoryConfig, ModelConfig
 from megatron_memory.memory.placement import resolve_memory_layers
+from megatron_memory.optional import is_installed
 from megatron_memory.runtime import Backend
-from megatron_memory.runtime.features import has_apex, has_transformer_engine
 
 
 @dataclass
@@ -57,7 +58,7 @@ def use_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
     """Transformer Engine's layers: as asked, else where it is installed and there is a GPU."""
     if model.transformer_impl is not None:
         return model.transformer_impl == "transformer_engine"
-    return backend.is_cuda and has_transformer_engine()
+    return backend.is_cuda and is_installed("te")
 
 
 def build_transformer_config(config: Config, backend: Backend) -> MemoryTransformerConfig:
@@ -147,6 +148,11 @@ def _fusion_options(model: ModelConfig, backend: Backend) -> dict:
         bias_activation_fusion=backend.is_cuda and not model.num_experts,
         masked_softmax_fusion=transformer_engine,
         apply_rope_fusion=transformer_engine and not model.rotary_interleaved,
-        gradient_accumulation_fusion=has_apex() and backend.is_cuda,
+        gradient_accumulation_fusion=backend.is_cuda and _apex_adds_gradients_in_place(),
         persist_layer_norm=False,
     )
+
+
+def _apex_adds_gradients_in_place() -> bool:
+    """Whether Apex was built with the kernel behind `gradient_accumulation_fusion`."""
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None

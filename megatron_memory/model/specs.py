@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_memory.memory.layer import MemoryLayer, MemoryLayerSubmodules
 from megatron_memory.model.config import MemoryTransformerConfig
 from megatron_memory.model.norms import norm_class
-from megatron_memory.runtime.features import transformer_engine_spec_provider
+from megatron_memory.optional import require
 
 
 def memory_block_spec(
@@ -42,7 +42,7 @@ def _with_memory(
 ) -> ModuleSpec:
     """The layer with a memory for its MLP, and a norm before it that is not fused into fc1."""
     local = config.transformer_impl == "local"
-    backend = LocalSpecProvider() if local else transformer_engine_spec_provider()
+    backend = LocalSpecProvider() if local else _transformer_engine_provider()
     memory = ModuleSpec(
         module=MemoryLayer,
         params={"tp_group": tp_group},
@@ -85,3 +85,11 @@ def _with_local_norms(spec: ModuleSpec, config: MemoryTransformerConfig) -> Modu
             pre_mlp_layernorm=IdentityOp if pre_mlp is IdentityOp else norm,
         ),
     )
+
+
+def _transformer_engine_provider():
+    """Megatron's provider of Transformer Engine's layers, which imports where that is installed."""
+    require("te")
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
