@@ -38,7 +38,10 @@ EXTRAS = dict(gated=True, qk_norm=True, softmax_sink=True)
 MODELS: dict[str, tuple[dict, dict]] = {
     "dense modern": (MODERN, {"layers": None}),
     "dense old": (OLD, {"layers": None}),
-    "dense qk-norm and bias": (MODERN | dict(qk_layernorm=True, add_qkv_bias=True), {"layers": None}),
+    "dense qk-norm and bias": (
+        MODERN | dict(qk_layernorm=True, add_qkv_bias=True),
+        {"layers": None},
+    ),
     "memory+": (MODERN, {"layers": "1,3"}),
     "memory+ old": (OLD, {"layers": "0,2"} | EXTRAS),
     "memory+ wide, a table each": (

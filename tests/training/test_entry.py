@@ -177,8 +177,14 @@ def test_no_process_outlives_a_killed_training(dataset: str, tmp_path: Path):
     children = [int(pid) for pid in listed]
     assert children
     process.kill()
-    process.communicate()
+    process.wait()
+    # Not communicate(): a child that lives on would hold the pipes open.
+    for pipe in (process.stdout, process.stderr):
+        pipe.close()
     deadline = time.monotonic() + 30
     while any(_alive(pid) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not [pid for pid in children if _alive(pid)]
+    alive = [pid for pid in children if _alive(pid)]
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive

@@ -43,6 +43,28 @@ def test_async_save_holds_the_same_as_sync(dataset: str, tmp_path: Path):
     assert folders.read_tracker(tmp_path / "async") == 6
 
 
+def test_overlapped_gather_saves_the_updated_weights(dataset: str, tmp_path: Path):
+    """They reach the other ranks during the next forward pass only, which is after the save."""
+    names = ["plain", "overlapped"]
+    for name in names:
+        overlap = name == "overlapped"
+        config = change(
+            _saving(dataset, tmp_path / name, train_iters=3, save_interval=3),
+            "parallel",
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
+        run_ranks(runs, 2, [config])
+    plain, overlapped = run_ranks(_tensors, 1, [str(tmp_path / n / "iter_0000003") for n in names])[
+        0
+    ]
+    weights = [key for key in plain if not key.startswith("optimizer.")]
+    assert len(weights) > 5
+    for key in weights:
+        assert torch.equal(plain[key], overlapped[key]), key
+
+
 def test_keep_last_and_the_saved_configuration(dataset: str, tmp_path: Path):
     config = _saving(dataset, tmp_path / "save", keep_last=2, async_save=True)
     run_ranks(runs, 2, [config])
