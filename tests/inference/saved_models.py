@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pkm": {"layers": "1", "variant": "pkm", "value_dim": 48, "gated": True},
     "peer": {"layers": "1", "variant": "peer", "share_scope": "layer"},
     "dense": {},
+    "experts": {},
 }
 
 
@@ -49,6 +50,7 @@ def tiny_config(save: Path, variant: str = "memory+", **changes: dict[str, Any])
     `changes`: fields by component (model, parallel, precision, data).
     """
     memory = VARIANTS[variant]
+    experts = {"num_experts": 4, "moe_layer_freq": 2} if variant == "experts" else {}
     sizes = dict(num_heads=2, top_k=4, num_half_keys=8, num_random_values=2) if memory else {}
     return Config(
         model=ModelConfig(
@@ -65,6 +67,7 @@ def tiny_config(save: Path, variant: str = "memory+", **changes: dict[str, Any])
                 untie_embeddings_and_output_weights=True,
                 init_method_std=0.3,
             )
+            | experts
             | changes.get("model", {})
         ),
         memory=MemoryConfig(**sizes, **memory),
@@ -132,7 +135,7 @@ def load(save: Path, tensor_parallel_size: int = 1, **fields: Any) -> Generator:
     return load_generator(source, select_backend("cpu"))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def logits_without_cache(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     """[tokens, VOCAB]: one forward pass over the whole sequence, as in training."""
     ids = torch.tensor([tokens])
