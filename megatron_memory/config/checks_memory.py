@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_memory.config.placement import resolve_memory_layers
 from megatron_memory.config.schema import Config
 from megatron_memory.exceptions import ConfigurationError
 
@@ -16,8 +17,6 @@ def memory_problems(config: Config) -> Iterator[str]:
 
 
 def _placement_problems(config: Config) -> Iterator[str]:
-    from megatron_memory.memory.placement import resolve_memory_layers
-
     assert config.memory.layers is not None, "called for an enabled memory"
     try:
         resolve_memory_layers(config.memory.layers, config.model.num_layers)

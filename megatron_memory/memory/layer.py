@@ -23,10 +23,10 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import init_method_normal
 from torch import Tensor
 
+from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.routing import MemoryRouter, Route, share_route
 from megatron_memory.memory.table import ValueTable
 from megatron_memory.memory.usage import SlotUsage
-from megatron_memory.model.config import MemoryTransformerConfig
 from memory_kernels import row_dot, weighted_bag
 
 

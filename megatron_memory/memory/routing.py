@@ -16,8 +16,8 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
+from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.initialization import init_keys_
-from megatron_memory.model.config import MemoryTransformerConfig
 from memory_kernels import product_key_topk
 from memory_kernels.product_key import product_key_scores
 

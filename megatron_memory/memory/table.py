@@ -8,8 +8,8 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.initialization import init_table_columns_
-from megatron_memory.model.config import MemoryTransformerConfig
 
 
 class ValueTable(MegatronModule):

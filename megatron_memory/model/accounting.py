@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_memory.config import Config
-from megatron_memory.memory.placement import resolve_memory_layers
+from megatron_memory.config.placement import resolve_memory_layers
 
 Part = Literal["dense", "router", "values", "experts"]
 

@@ -5,9 +5,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_memory.config import Config
+from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.layer import MemoryLayer
 from megatron_memory.memory.table import MemoryTables
-from megatron_memory.model.config import MemoryTransformerConfig, build_transformer_config
+from megatron_memory.model.config import build_transformer_config
 from megatron_memory.model.specs import memory_block_spec
 from megatron_memory.runtime import Backend
 

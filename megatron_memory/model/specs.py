@@ -11,8 +11,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.layer import MemoryLayer, MemoryLayerSubmodules
-from megatron_memory.model.config import MemoryTransformerConfig
 from megatron_memory.model.norms import norm_class
 from megatron_memory.optional import require
 

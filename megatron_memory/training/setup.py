@@ -14,8 +14,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_memory.config import Config
+from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.table import ValueTable
-from megatron_memory.model.config import MemoryTransformerConfig
 from megatron_memory.model.gpt import MemoryGPTModel, build_model
 from megatron_memory.optimizer import build_optimizer, build_scheduler
 from megatron_memory.runtime import Backend

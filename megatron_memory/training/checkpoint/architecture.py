@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_memory.config import Config, MemoryConfig, load_config
 from megatron_memory.config.flags import all_flags
+from megatron_memory.config.placement import resolve_memory_layers
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
-from megatron_memory.memory.placement import resolve_memory_layers
 from megatron_memory.training.checkpoint.folders import CONFIG_FILE
 
 # What decides which tensors there are, their shapes, or what their numbers mean.

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_memory.config.placement import resolve_memory_layers
 from megatron_memory.exceptions import ConfigurationError
-from megatron_memory.memory.placement import resolve_memory_layers
 
 
 @pytest.mark.parametrize(
