@@ -11,3 +11,11 @@ class CheckpointError(RuntimeError):
 
 class DataError(RuntimeError):
     """A data file or tokenizer is missing, damaged, or does not fit the model."""
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on: its loss or gradient is not a number."""
+
+
+MEND_BY_USER = (ConfigurationError, CheckpointError, DataError, TrainingError)
+"""Programs print these without a traceback."""

@@ -16,21 +16,15 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_memory.entry import run_entry
+
 if TYPE_CHECKING:
     from megatron_memory.inference.generator import Completion
-
-EXIT_ERROR = 2
-_SECONDS_FOR_FIRST_RANK = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on this rank; returns its exit code."""
-    from megatron_memory.exceptions import CheckpointError, ConfigurationError, DataError
-
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except (ConfigurationError, DataError, CheckpointError) as error:
-        return _fail(error)
+    return run_entry(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -78,16 +72,6 @@ def _shown(completion: "Completion") -> str:
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
-
-
-def _fail(error: Exception) -> int:
-    """Say what is wrong, once: the ranks meet the same error, and the first one's end is theirs."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank > 0:
-        time.sleep(_SECONDS_FOR_FIRST_RANK)
-    prefix = "" if rank == 0 else f"rank {rank}: "
-    print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return EXIT_ERROR
 
 
 if __name__ == "__main__":

@@ -19,22 +19,14 @@ Keep this module light: the processes that write checkpoints import it, too.
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 
-EXIT_ERROR = 2
-_SECONDS_FOR_FIRST_RANK = 3
+from megatron_memory.entry import run_entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on this rank; returns its exit code."""
-    from megatron_memory.exceptions import CheckpointError, ConfigurationError, DataError
-    from megatron_memory.training.errors import TrainingError
-
-    try:
-        return _run(argv)
-    except (ConfigurationError, DataError, CheckpointError, TrainingError) as error:
-        return _fail(error)
+    return run_entry(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -60,16 +52,6 @@ def _run(argv: Sequence[str] | None) -> int:
     exit_code = run_training(config, backend)
     shutdown_distributed()
     return exit_code
-
-
-def _fail(error: Exception) -> int:
-    """Say what is wrong, once: the ranks meet the same error, and the first one's end is theirs."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank > 0:
-        time.sleep(_SECONDS_FOR_FIRST_RANK)
-    prefix = "" if rank == 0 else f"rank {rank}: "
-    print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return EXIT_ERROR
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 
 from megatron_memory.config import TrainingConfig
-from megatron_memory.training.errors import TrainingError
+from megatron_memory.exceptions import TrainingError
 from megatron_memory.training.step import StepResult
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_memory.config import Config
+from megatron_memory.exceptions import TrainingError
 from megatron_memory.training import trainer
 from megatron_memory.training.checkpoint import folders
-from megatron_memory.training.errors import TrainingError
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import change, run, tiny_config
 
