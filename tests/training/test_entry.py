@@ -94,7 +94,7 @@ def test_absent_gpu_and_columns_over_ranks(
 
 def test_other_ranks_wait_for_the_first_to_speak(dataset: str, capsys, monkeypatch):
     waited = []
-    monkeypatch.setattr("megatron_memory.train.time.sleep", waited.append)
+    monkeypatch.setattr("megatron_memory.entry.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
     assert main(_flags(dataset, memory_layers="9")) == 2
     assert waited and capsys.readouterr().err.startswith("rank 3: ConfigurationError: ")
