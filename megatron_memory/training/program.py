@@ -7,8 +7,9 @@ from megatron_memory.data.datasets import Datasets, build_datasets
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
 from megatron_memory.runtime import Backend
 from megatron_memory.runtime.distributed import initialize_distributed
-from megatron_memory.training.checkpoint.loader import load_checkpoint
+from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
+from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.progress import Console
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
@@ -41,11 +42,14 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         config.data.make_vocab_size_divisible_by,
         config.parallel.tensor_model_parallel_size,
     )
-    datasets = _datasets(config, tokenizer, padded)
+    found = find_start(config, vocab_size, console.say)
+    position = start_position(found, config)
+    datasets = _datasets(config, tokenizer, padded, position)
     for line in datasets.summary:
         console.say(line)
     setup = build_training_setup(config, backend, padded)
-    position = load_checkpoint(setup, vocab_size, console.say)
+    if found is not None:
+        load_checkpoint(setup, found, console.say)
     saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size)
     trainer = Trainer(
         setup,
@@ -73,14 +77,15 @@ def tokenizer_of(config: Config):
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, vocab_size=data.vocab_size)
 
 
-def _datasets(config: Config, tokenizer, padded_vocab_size: int) -> Datasets:
+def _datasets(config: Config, tokenizer, padded_vocab_size: int, position: Position) -> Datasets:
     data, training = config.data, config.training
     batch = training.global_batch_size
+    iterations_left = max(0, training.train_iters - position.iteration)
     return build_datasets(
         tokenizer=tokenizer,
         padded_vocab_size=padded_vocab_size,
         seq_length=config.model.seq_length,
-        num_train_samples=training.train_iters * batch,
+        num_train_samples=position.consumed_samples + iterations_left * batch,
         num_valid_samples=training.eval_iters * batch,
         num_test_samples=training.eval_iters * batch,
         seed=training.seed,

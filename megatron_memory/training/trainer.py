@@ -59,7 +59,7 @@ class Trainer:
         self._stop_checker = StopChecker(self._training, signals, setup.backend.device)
         self._usage = UsageMeter(setup)
         self._interval = Interval()
-        self._last_saved: Position | None = None
+        self._last_saved = position
         self._curves = Curves(
             setup.config.logging.tensorboard_dir,
             first_iteration=position.iteration + 1,

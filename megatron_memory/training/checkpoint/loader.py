@@ -26,6 +26,8 @@ from megatron_memory.training.setup import TrainingSetup, unwrap
 
 Notify = Callable[[str], None]
 
+_NEEDED_TO_GO_ON = ("iteration", "consumed_samples", "layout", "has_generators", "device")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
@@ -108,36 +110,68 @@ def _loadable_instead(root: Path) -> str:
     return f" There is no complete checkpoint in {root}"
 
 
-def load_checkpoint(setup: TrainingSetup, vocab_size: int, notify: Notify) -> Position:
-    """Load what `--load` names into the model, the optimizer, the schedule and the generators.
-
-    A collective call. `notify` receives a line for whatever is left out.
+def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
+    """The checkpoint that `--load` names, checked before anything is built; a collective call.
 
     Returns:
-        where the training goes on; the start where nothing was loaded, or with `--finetune`.
+        None where the training starts from random weights.
 
     Raises:
         CheckpointError: on every rank; see `find_checkpoint`.
     """
-    checkpoint = setup.config.checkpoint
+    checkpoint = config.checkpoint
     if checkpoint.load is None:
-        return Position()
+        return None
     load = Path(checkpoint.load)
-    found = ask_first_rank(lambda: find_checkpoint(load, setup.config, vocab_size))
+    found = ask_first_rank(lambda: find_checkpoint(load, config, vocab_size))
     if found is None:
         if checkpoint.exit_on_missing_checkpoint:
             raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
         notify(f"no checkpoint in {load}: starting from random weights")
-        return Position()
+        return None
+    if not checkpoint.finetune:
+        _require_ours(found, with_optimizer=not checkpoint.no_load_optim)
     for note in found.notes:
         notify(f"{found.folder} was trained with another setting: {note}")
+    return found
+
+
+def start_position(found: Found | None, config: Config) -> Position:
+    """Where the training goes on; the start without a checkpoint, or with `--finetune`."""
+    if found is None or config.checkpoint.finetune:
+        return Position()
+    common = found.common
+    return Position(iteration=common["iteration"], consumed_samples=common["consumed_samples"])
+
+
+def _require_ours(found: Found, *, with_optimizer: bool) -> None:
+    missing = [key for key in _NEEDED_TO_GO_ON if key not in found.common]
+    if missing:
+        raise CheckpointError(
+            f"{found.folder} was written by another program: it does not say {', '.join(missing)}. "
+            "Load its weights with --finetune"
+        )
+    if with_optimizer and "optimizer" not in found.common:
+        raise CheckpointError(
+            f"{found.folder} holds no optimizer state (it was saved with --no-save-optim). Load it "
+            "with --no-load-optim, or with --finetune to start a new training from its weights"
+        )
+
+
+def load_checkpoint(setup: TrainingSetup, found: Found, notify: Notify) -> None:
+    """Load a checkpoint into the model, the optimizer, the schedule and the generators.
+
+    A collective call. `notify` receives a line for whatever is left out.
+
+    Raises:
+        CheckpointError: on every rank: its tensors or its schedule do not fit, or cannot be read.
+    """
+    checkpoint = setup.config.checkpoint
     if checkpoint.finetune:
         _load_parts(setup, found, with_optimizer=False, with_generators=False)
         notify(f"loaded the weights of {found.folder}")
-        return Position()
-    position = Position(
-        iteration=found.common["iteration"], consumed_samples=found.common["consumed_samples"]
-    )
+        return
+    position = start_position(found, setup.config)
     _load_parts(
         setup,
         found,
@@ -147,7 +181,6 @@ def load_checkpoint(setup: TrainingSetup, vocab_size: int, notify: Notify) -> Po
     schedule = None if checkpoint.no_load_optim else found.common["opt_param_scheduler"]
     load_schedule(setup, schedule, position.consumed_samples)
     notify(f"loaded {found.folder}, iteration {position.iteration}")
-    return position
 
 
 def load_weights(model: list[torch.nn.Module], config: Config, vocab_size: int, load: Path) -> Path:
@@ -179,7 +212,6 @@ def _load_parts(
     model = state.sharded_model(setup.model)
     wanted = dict(model)
     if with_optimizer:
-        _require_optimizer(found)
         wanted |= state.sharded_optimizer(setup, model, is_loading=True)
     if with_generators:
         wanted |= state.sharded_generators(setup)
@@ -191,14 +223,6 @@ def _load_parts(
         setup.optimizer.reload_model_params()
     if with_generators:
         rng_state.restore(loaded["rng_state"], setup.backend.device)
-
-
-def _require_optimizer(found: Found) -> None:
-    if "optimizer" not in found.common:
-        raise CheckpointError(
-            f"{found.folder} holds no optimizer state (it was saved with --no-save-optim). Load it "
-            "with --no-load-optim, or with --finetune to start a new training from its weights"
-        )
 
 
 def _generators_fit(setup: TrainingSetup, found: Found, notify: Notify) -> bool:

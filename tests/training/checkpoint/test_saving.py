@@ -1,6 +1,7 @@
 """What is written, in the foreground and behind the training, and what loads of it."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,40 @@ def test_schedule_must_agree_or_be_chosen(trained):
         taken.learning_rates, whole.learning_rates[4:], strict=True
     ):
         assert rate == pytest.approx(2 * old) and value_rate == pytest.approx(100 * old_value)
+
+
+def test_another_batch_size_reads_on_where_the_data_stands(trained):
+    """With a learning rate of zero one loss over 16 samples is the mean of two over 8."""
+    still = change(_resume(trained), "optimizer", lr=0.0, override_opt_param_scheduler=True)
+    still = change(still, "memory", value_lr=0.0)
+    small = _one(change(still, "training", train_iters=8))
+    large = _one(change(still, "training", train_iters=6, global_batch_size=16))
+    assert small.iterations == [5, 6, 7, 8] and large.iterations == [5, 6]
+    means = [sum(small.losses[i : i + 2]) / 2 for i in (0, 2)]
+    assert large.losses == pytest.approx(means, abs=1e-5)
+    assert means[0] != pytest.approx(means[1], abs=1e-3)
+
+
+def test_finished_training_is_not_saved_again(trained, tmp_path: Path):
+    save = str(tmp_path / "save")
+    config = _resume(trained, load=str(trained[1]), save=save, save_interval=1)
+    assert _one(config).iterations == []
+    assert folders.saved_iterations(tmp_path / "save") == []
+
+
+def test_checkpoint_of_another_program_gives_its_weights_only(trained, tmp_path: Path):
+    copy = tmp_path / "iter_0000004"
+    shutil.copytree(trained[1] / "iter_0000004", copy)
+    common = torch.load(copy / "common.pt", weights_only=True)
+    torch.save(
+        {"iteration": 4, "args": {"lr": 1.0}, "optimizer": common["optimizer"]}, copy / "common.pt"
+    )
+    (copy / "config.yaml").unlink()
+    config = _resume(trained, load=str(copy))
+    with pytest.raises(AssertionError, match="written by another program.*--finetune"):
+        _one(config)
+    ours = _one(_resume(trained, finetune=True))
+    assert _one(change(config, "checkpoint", finetune=True)).losses == ours.losses
 
 
 def test_missing_checkpoint_starts_anew_or_fails(trained, tmp_path: Path):
