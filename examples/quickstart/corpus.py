@@ -9,7 +9,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 TOKENIZER = EXAMPLES / "data" / "tokenizer"
-ASKED_RELATIONS = ("country_alpha3", "country_number", "currency_code")
+ASKED_RELATIONS = ("country_alpha3", "currency_code")
 _NUM_HELD_OUT = 2000
 _SEED = 1234
 

@@ -48,7 +48,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--train-iters", type=int, default=400, help="iterations, an even number")
+    parser.add_argument("--train-iters", type=int, default=480, help="iterations, an even number")
     parser.add_argument("--num-questions", type=int, default=60, help="facts to ask about")
     args = parser.parse_args()
     if args.train_iters < 2 or args.train_iters % 2:
@@ -84,7 +84,7 @@ def _training_command(args, run: Path, layout: dict, prefixes: dict[str, Path]) 
         "--config": CONFIG,
         "--device": layout["device"],
         "--tensor-model-parallel-size": layout["tensor"],
-        "--micro-batch-size": 16 // layout["data"],
+        "--micro-batch-size": 8 // layout["data"],
         "--train-iters": args.train_iters,
         "--eval-interval": args.train_iters // 2,
         "--tokenizer-model": TOKENIZER,

@@ -58,7 +58,10 @@ class MemoryRouter(MegatronModule):
         self.keys = torch.nn.Parameter(torch.empty(shape, **options))
         if memory.qk_norm:
             self.query_norm = torch.nn.Parameter(torch.ones(self.key_dim, **options))
-            self.key_norm = torch.nn.Parameter(torch.ones(self.key_dim, **options))
+            # As attention divides its scores by the root of the head's width. With gains of 1 the
+            # softmax over a head's slots would be nearly one-hot from the first step on.
+            gain = torch.full((self.key_dim,), self.key_dim**-0.5, **options)
+            self.key_norm = torch.nn.Parameter(gain)
         if memory.softmax_sink:
             self.sink = torch.nn.Parameter(torch.zeros(self.num_heads, **options))
         if config.perform_initialization:
