@@ -10,7 +10,6 @@ its own, one after the other, so that a machine that slows down slows all of the
 import argparse
 import dataclasses
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -126,6 +125,7 @@ def _measure(case: Case) -> Measurement:
     from megatron_memory.runtime.distributed import initialize_distributed, shutdown_distributed
     from megatron_memory.training.setup import build_training_setup
     from megatron_memory.training.step import train_step
+    from megatron_memory.training.throughput import peak_memory_gib
 
     config, vocab_size = _config(case), 32_000 if backend.is_cuda else 4096
     initialize_distributed(config, backend)
@@ -140,7 +140,7 @@ def _measure(case: Case) -> Measurement:
     flops = sum(flops_per_token(config, vocab_size).values())
     measurement = Measurement(
         milliseconds=1e3 * median,
-        peak_gib=_peak_gib(backend.is_cuda),
+        peak_gib=peak_memory_gib(backend.device),
         tflops=flops * case.seq_length * case.micro_batch_size / median / 1e12,
         matmul_tflops=_matmul_tflops(backend.device, case.bf16),
     )
@@ -193,16 +193,6 @@ def _random_batches(case: Case, vocab_size: int):
             "loss_mask": torch.ones(shape),
             "position_ids": torch.arange(shape[1]).expand(shape),
         }
-
-
-def _peak_gib(is_cuda: bool) -> float:
-    import torch
-
-    if is_cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _matmul_tflops(device, bf16: bool) -> float:

@@ -42,7 +42,6 @@ class UsageMeter:
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         figures = {}
         for layer, counter in zip(self._layers, self._counters, strict=True):
-            assert layer.layer_number is not None, "the layer is part of a model"
             figures[f"layer_{layer.layer_number - 1}"] = counter.figures(group)
         if self._has_pool:
             sums = torch.stack([counter.weight_sums for counter in self._counters])
