@@ -39,7 +39,7 @@ def test_an_environment_of_the_users_own_is_left_alone():
 
 def test_gpu_installs_nothing(tmp_path):
     commands = make("-n", "gpu", f"VENV={tmp_path}/none").stdout
-    assert "python3 -m pytest tests -m gpu" in commands
+    assert "TEST_DEVICE=cuda python3 -m pytest tests/gpu" in commands
     assert "install" not in commands
 
 
