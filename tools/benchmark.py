@@ -78,7 +78,7 @@ def main() -> None:
         shape=shape,
         num_half_keys=args.num_half_keys or (1024 if on_gpu else 128),
         seq_length=args.seq_length or (2048 if on_gpu else 128),
-        micro_batch_size=args.micro_batch_size or (8 if on_gpu else 16),
+        micro_batch_size=args.micro_batch_size or (2 if on_gpu else 16),
         bf16=on_gpu,
         num_steps=args.num_steps,
     )
@@ -94,11 +94,16 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, help="default: 373m on a GPU, else quickstart")
     parser.add_argument("--num-half-keys", type=int, help="default: 1024 on a GPU, else 128")
     parser.add_argument("--seq-length", type=int, help="default: 2048 on a GPU, else 128")
-    parser.add_argument("--micro-batch-size", type=int, help="default: 8 on a GPU, else 16")
+    parser.add_argument("--micro-batch-size", type=int, help="default: 2 on a GPU, else 16")
     parser.add_argument("--num-steps", type=int, default=10, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each model")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("num_half_keys", "seq_length", "micro_batch_size", "num_steps", "rounds"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least 1 is wanted")
+    return args
 
 
 def _has_gpu() -> bool:

@@ -51,6 +51,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-iters", type=int, default=480, help="iterations, an even number")
     parser.add_argument("--num-questions", type=int, default=60, help="facts to ask about")
     args = parser.parse_args()
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file: give a folder")
     if args.train_iters < 2 or args.train_iters % 2:
         parser.error(f"--train-iters {args.train_iters}: it stops half-way; give an even number")
     return args

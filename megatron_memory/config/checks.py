@@ -3,6 +3,7 @@
 Every check yields complete messages: the flags, their values, the constraint, and what to do.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 
 from megatron_memory.config.checks_memory import memory_problems
@@ -32,6 +33,7 @@ def check_config(config: Config, world_size: int) -> None:
             *_optimizer_problems(config),
             *_checkpoint_problems(config),
             *_data_problems(config),
+            *_folder_problems(config),
         ]
     )
 
@@ -282,6 +284,18 @@ def _split_problems(split: str | None) -> Iterator[str]:
             f"--split {split!r} is not up to three numbers for training, validation and test: "
             'write for example "969, 30, 1".'
         )
+
+
+def _folder_problems(config: Config) -> Iterator[str]:
+    folders = {
+        "--save": config.checkpoint.save,
+        "--load": config.checkpoint.load,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--data-cache-path": config.data.data_cache_path,
+    }
+    for flag, path in folders.items():
+        if path is not None and os.path.exists(path) and not os.path.isdir(path):
+            yield f"{flag} {path} is a file: give a directory."
 
 
 def _layer_problems(config: Config, is_cuda: bool, has_transformer_engine: bool) -> Iterator[str]:

@@ -62,7 +62,7 @@ class MemoryConfig:
         "auto",
         not_here={"triton": "the fused kernels are not built yet; use auto or torch"},
     )
-    """What computes the layer: auto takes the fastest that this machine has."""
+    """What computes the layer. Both are torch's operators until the fused kernels are built."""
     log_usage: bool = True
     """Log the share of rows read and how evenly, at every --log-interval."""
 

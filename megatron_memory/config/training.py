@@ -19,7 +19,7 @@ class TrainingConfig:
     """Iterations between two evaluations on the validation data."""
     eval_iters: int = option(100, at_least=0)
     """Batches of an evaluation; 0: never evaluate."""
-    seed: int = option(1234, at_least=0)
+    seed: int = option(1234, at_least=0, at_most=2**32 - 1)
     """Seed of initialisation, dropout and the order of the data."""
     exit_interval: int | None = option(None, at_least=1)
     """Save and exit after an iteration divisible by this."""

@@ -71,7 +71,7 @@ class Sampling:
     """Choose among this many likeliest tokens only. 0: among all."""
     top_p: float = option(0.0, at_least=0, at_most=1)
     """Choose among the likeliest tokens that together reach this probability. 0: among all."""
-    seed: int = option(1234, at_least=0)
+    seed: int = option(1234, at_least=0, at_most=2**32 - 1)
     """Of the random choices: the same seed, prompts and batch size give the same text."""
 
     def __post_init__(self) -> None:

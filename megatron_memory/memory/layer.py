@@ -65,7 +65,7 @@ class MemoryLayer(MegatronModule):
         self.layer_number = 0
         """Counted from 1 over the whole model; Megatron sets it."""
         self.usage: SlotUsage | None = None
-        """Counts the slots read while it is set."""
+        """Counts the slots read in training while it is set."""
         self.router = MemoryRouter(config)
         self.linear_fc1 = self.linear_fc2 = self.gate = None
         if config.memory.variant == "memory+":
@@ -120,7 +120,8 @@ class MemoryLayer(MegatronModule):
         token.
         """
         route = self.router(x)
-        if self.usage is not None:
+        # A recomputed layer runs twice, of which only the second keeps a graph.
+        if self.usage is not None and torch.is_grad_enabled():
             self.usage.record(route)
         if self.config.memory.variant == "peer":
             y = self._read_peer(x, route)

@@ -103,7 +103,8 @@ def _fusion_options(model: ModelConfig, backend: Backend) -> dict:
     transformer_engine = use_transformer_engine(model, backend)
     return dict(
         bias_dropout_fusion=backend.is_cuda,
-        bias_activation_fusion=backend.is_cuda and not model.num_experts,
+        # Megatron's fused GELU is the tanh approximation, which only GPUs would then compute.
+        bias_activation_fusion=backend.is_cuda and model.swiglu and not model.num_experts,
         masked_softmax_fusion=transformer_engine,
         apply_rope_fusion=transformer_engine and not model.rotary_interleaved,
         gradient_accumulation_fusion=backend.is_cuda and _apex_adds_gradients_in_place(),

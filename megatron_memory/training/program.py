@@ -31,8 +31,6 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         ConfigurationError, DataError, CheckpointError, TrainingError: the first three before the
             first step, on every rank alike.
     """
-    signals = SignalCatcher()
-    signals.install()
     initialize_distributed(config, backend)
     console = Console(is_speaker=torch.distributed.get_rank() == 0)
     tokenizer = tokenizer_of(config)
@@ -51,6 +49,9 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     if found is not None:
         load_checkpoint(setup, found, console.say)
     saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size)
+    # From here on there is something to save. Before, a signal ends the program at once.
+    signals = SignalCatcher()
+    signals.install()
     trainer = Trainer(
         setup,
         datasets,

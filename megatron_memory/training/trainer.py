@@ -101,7 +101,8 @@ class Trainer:
             stop = self._stop_checker.check(self.position.iteration, result)
             if self._is_due(self._config.logging.log_interval) or stop:
                 self._report()
-            if self._is_due(self._training.eval_interval):
+            # torchrun kills 30 seconds after a SIGTERM: an evaluation would cost the checkpoint.
+            if self._is_due(self._training.eval_interval) and stop is None:
                 self._evaluate("validation", self._datasets.valid)
             if self._is_due(self._config.checkpoint.save_interval) or stop:
                 self._save()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memory_kernels.product_key.torch_ops import half_scores, select_slots
+from memory_kernels.product_key.torch_ops import best_slots, half_scores
 
 
 def product_key_topk(
@@ -31,12 +31,10 @@ def product_key_topk(
     """
     _check(query, keys, k)
     num_half_keys = keys.shape[2]
-    scores = half_scores(query, keys)
-    i, j = select_slots(scores.detach(), k)
-    chosen = scores[0].gather(-1, i) + scores[1].gather(-1, j)
+    slots, scores = best_slots(half_scores(query, keys), k)
     index_dtype = torch.int32 if num_half_keys**2 < 2**31 else torch.int64
-    indices = (i * num_half_keys + j).to(index_dtype).transpose(0, 1).contiguous()
-    chosen = chosen.transpose(0, 1)
+    indices = slots.to(index_dtype).transpose(0, 1).contiguous()
+    chosen = scores.transpose(0, 1)
     return indices, chosen.softmax(dim=-1) if normalize else chosen
 
 

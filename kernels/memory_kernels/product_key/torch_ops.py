@@ -20,25 +20,55 @@ def half_scores(query: Tensor, keys: Tensor) -> Tensor:
     return halves @ keys.to(dtype).permute(1, 0, 3, 2)
 
 
-@torch.no_grad()
-def select_slots(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The half-keys (i, j) of the k best slots of each head, best first.
+class _Choose(torch.autograd.Function):
+    """values.gather(-1, ranks), whose ranks repeat; with a gradient summed in a fixed order.
+
+    On a GPU gather's own gradient adds repeated entries by atomics, in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, ranks: Tensor) -> Tensor:
+        ctx.save_for_backward(ranks)
+        ctx.num_values = values.shape[-1]
+        return values.gather(-1, ranks)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        (ranks,) = ctx.saved_tensors
+        one_hot = ranks[..., None] == torch.arange(ctx.num_values, device=ranks.device)
+        return (grad_output[..., None, :] @ one_hot.to(grad_output.dtype)).squeeze(-2), None
+
+
+def best_slots(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best slots of each head, best first, and their scores, differentiable in `scores`.
 
     Args:
         scores: [2, H, T, N].
 
     Returns:
-        i and j, [H, T, K] each, int64.
+        slots i * N + j, int64, and scores, [H, T, K] each.
     """
+    candidates, ranks = _select(scores.detach(), k)
+    # A head's candidates are different half-keys, so that this gather's gradient has no repeats.
+    best = scores.gather(-1, candidates)
+    chosen = _Choose.apply(best, ranks)
+    i, j = candidates.gather(-1, ranks)
+    return i * scores.shape[-1] + j, chosen[0] + chosen[1]
+
+
+@torch.no_grad()
+def _select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best half-keys of each set [2, H, T, K], and the winning pairs' ranks in them."""
     num_half_keys = scores.shape[-1]
     half_keys = torch.arange(num_half_keys, device=scores.device)
     candidates = topk_lower_index_first(scores, half_keys, k)
     best = scores.gather(-1, candidates)
     first, second = _pairs_that_can_win(k, scores.device)
-    i, j = candidates[0][..., first], candidates[1][..., second]
+    slots = candidates[0][..., first] * num_half_keys + candidates[1][..., second]
     sums = best[0][..., first] + best[1][..., second]
-    winners = topk_lower_index_first(sums, i * num_half_keys + j, k)
-    return i.gather(-1, winners), j.gather(-1, winners)
+    winners = topk_lower_index_first(sums, slots, k)
+    return candidates, torch.stack((first[winners], second[winners]))
 
 
 @functools.lru_cache(maxsize=64)

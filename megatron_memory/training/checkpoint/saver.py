@@ -65,7 +65,8 @@ class CheckpointSaver:
                 self._running.schedule_async_request(request)
             else:
                 request.execute_sync()
-        except (CheckpointException, CheckpointingException, OSError) as error:
+        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+            # RuntimeError: what torch's own writer says of a full disk.
             raise self._failed(error) from error
         return folders.iteration_folder(self._root, position.iteration)
 
