@@ -1,4 +1,4 @@
-"""The training program on a GPU as users start it: bf16, a restart, and text from the checkpoint."""
+"""The training program on a GPU as users start it: bf16, a restart, text from a checkpoint."""
 
 import os
 import re
@@ -20,7 +20,7 @@ MODEL = """
 --memory-layers 1 --memory-num-half-keys 16 --memory-num-heads 2 --memory-top-k 4 --memory-qk-norm
 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3 --log-interval 1 --eval-iters 0
 --split 1,0,0 --bf16 --device cuda
-""".split()
+"""
 ACTIVATIONS = {"swiglu": [], "gelu": ["--no-swiglu"]}
 
 
@@ -43,7 +43,7 @@ def _losses(output: str) -> list[str]:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_resume_is_exact_and_text_follows(activation: str, tmp_path: Path):
-    flags = [*MODEL, *ACTIVATIONS[activation], "--data-path", write_dataset(tmp_path)]
+    flags = [*MODEL.split(), *ACTIVATIONS[activation], "--data-path", write_dataset(tmp_path)]
     checkpoints = str(tmp_path / "checkpoints")
     whole = _losses(_run("train", *flags))
     first = _run("train", *flags, "--save", checkpoints, "--exit-interval", "2", "--async-save")
