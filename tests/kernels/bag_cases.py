@@ -40,6 +40,13 @@ class Case:
     x: Tensor
     gate: Tensor
 
+    def to(self, device: str) -> "Case":
+        """The case on a device, its tensors leaves again."""
+        tensors = {name: tensor.detach().to(device) for name, tensor in vars(self).items()}
+        for tensor in tensors.values():
+            tensor.requires_grad_(tensor.is_floating_point())
+        return Case(**tensors)
+
     def exact(self) -> "Case":
         """The same values in fp64, each a leaf of its own."""
         names = ("table", "weights", "x", "gate")

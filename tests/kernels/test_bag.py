@@ -1,5 +1,7 @@
 """weighted_bag and row_dot against their definitions: outputs, every gradient, edges and errors."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,7 +153,7 @@ def test_bf16_sums_are_accumulated_in_fp32():
 def test_layouts_of_memory_do_not_matter():
     case = make_case(Shape(tokens=6, bag=4, rows=10, columns=8))
     strided = {
-        "table": case.table.detach().T.contiguous().T,
+        "table": torch.cat((case.table.detach(), torch.full((10, 5), math.nan)), 1)[:, :8],
         "indices": case.indices.T.contiguous().T,
         "weights": case.weights.detach().T.contiguous().T,
         "x": case.x.detach().T.contiguous().T,
@@ -166,6 +168,13 @@ def test_layouts_of_memory_do_not_matter():
             results.append((output.detach(), *_gradients(output, output.detach(), table, operand)))
         for plain, other in zip(*results, strict=True):
             torch.testing.assert_close(plain, other)
+
+
+def test_a_table_of_strided_columns_is_refused():
+    """A contiguous copy of a large table at every call would be a silent disaster."""
+    case = make_case(Shape(tokens=6, bag=4, rows=10, columns=8))
+    with pytest.raises(ValueError, match=r"^table: contiguous columns wanted.*\.contiguous\(\)"):
+        weighted_bag(case.table.detach().T.contiguous().T, case.indices, case.weights)
 
 
 def test_upstream_gradient_may_be_expanded():

@@ -1,29 +1,41 @@
 """The public calls. Axes: T tokens, B rows read a token, S rows of the table, D columns."""
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memory_kernels.bag.autograd import RowDot, WeightedBag
+from memory_kernels.bag import operators
+from memory_kernels.bag.row_gradients import RowGradients
+from memory_kernels.chunks import as_chunks, describe, num_rows
+from memory_kernels.shadow import Fp8Shadow
+
+Table = Tensor | Sequence[Tensor]
 
 
 def weighted_bag(
-    table: Tensor,
+    table: Table,
     indices: Tensor,
     weights: Tensor,
     gate: Tensor | None = None,
     *,
-    main_grad: Tensor | None = None,
+    main_grad: Table | None = None,
+    row_gradients: RowGradients | None = None,
+    shadow: Fp8Shadow | None = None,
 ) -> Tensor:
     """y[t] = sum over b of weights[t, b] * table[indices[t, b]], times silu(gate[t]) if given.
 
     Args:
-        table: [S, D], floating point.
+        table: [S, D], floating point; or a list of row chunks, all of one size but the last.
         indices: [T, B], int32 or int64, each in [0, S).
         weights: [T, B], floating point.
         gate: [T, D] or None.
-        main_grad: [S, D] or None. If given, backward adds the table's gradient to it in place
-            (only the rows that were read) and autograd sees none.
+        main_grad: cut as the table is, or None. If given, backward adds the table's gradient to it
+            in place (only the rows that were read) and autograd sees none.
+        row_gradients: buffers that backward fills with the rows read and their gradients; autograd
+            sees none. Make new ones for every call.
+        shadow: fp8 values to read in the table's place, forward and backward; the table still has
+            the gradient.
 
     Returns:
         [T, D] in the table's dtype.
@@ -31,27 +43,33 @@ def weighted_bag(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    _check(table, indices, main_grad)
+    chunks = _check(table, indices)
     _check_shape("weights", weights, tuple(indices.shape))
-    if main_grad is not None:
-        table, weights = table.detach(), _requiring_grad(weights)
-    y = WeightedBag.apply(table, indices, weights, main_grad)
-    if gate is None:
-        return y
-    _check_shape("gate", gate, tuple(y.shape))
-    return (y * F.silu(gate)).to(y.dtype)
+    if gate is not None:
+        _check_shape("gate", gate, (indices.shape[0], chunks[0].shape[1]))
+    form, sinks = _destination(chunks, indices, main_grad, row_gradients)
+    if form != "dense":
+        chunks, weights = [chunk.detach() for chunk in chunks], _requiring_grad(weights)
+    y, _ = operators.weighted_bag(
+        chunks, indices, weights, gate, _shadow(shadow, chunks), form, sinks
+    )
+    return y
 
 
 def row_dot(
-    table: Tensor, indices: Tensor, x: Tensor, *, main_grad: Tensor | None = None
+    table: Table,
+    indices: Tensor,
+    x: Tensor,
+    *,
+    main_grad: Table | None = None,
+    row_gradients: RowGradients | None = None,
+    shadow: Fp8Shadow | None = None,
 ) -> Tensor:
     """h[t, b] = x[t] . table[indices[t, b]], the adjoint of `weighted_bag`.
 
     Args:
-        table: [S, D], floating point.
-        indices: [T, B], int32 or int64, each in [0, S).
+        table, indices, main_grad, row_gradients, shadow: as in `weighted_bag`.
         x: [T, D], floating point.
-        main_grad: as in `weighted_bag`.
 
     Returns:
         [T, B] in the table's dtype.
@@ -59,31 +77,68 @@ def row_dot(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    _check(table, indices, main_grad)
-    _check_shape("x", x, (indices.shape[0], table.shape[1]))
-    if main_grad is not None:
-        table, x = table.detach(), _requiring_grad(x)
-    return RowDot.apply(table, indices, x, main_grad)
+    chunks = _check(table, indices)
+    _check_shape("x", x, (indices.shape[0], chunks[0].shape[1]))
+    form, sinks = _destination(chunks, indices, main_grad, row_gradients)
+    if form != "dense":
+        chunks, x = [chunk.detach() for chunk in chunks], _requiring_grad(x)
+    products = operators.row_dot(chunks, indices, x, _shadow(shadow, chunks), form, sinks)
+    return products.to(chunks[0].dtype)
 
 
 def _requiring_grad(operand: Tensor) -> Tensor:
-    """Autograd runs backward, and with it the sum into main_grad, for such operands only."""
+    """Autograd runs backward, and with it the table's gradient, for such operands only."""
     return operand if operand.requires_grad else operand.detach().requires_grad_()
 
 
-def _check(table: Tensor, indices: Tensor, main_grad: Tensor | None) -> None:
-    if table.dim() != 2 or not table.is_floating_point():
-        raise ValueError(f"table: [S, D] floating point wanted, got {_describe(table)}")
-    if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"indices: [T, B] int32 or int64 wanted, got {_describe(indices)}")
+def _destination(
+    chunks: list[Tensor],
+    indices: Tensor,
+    main_grad: Table | None,
+    row_gradients: RowGradients | None,
+) -> tuple[str, list[Tensor]]:
+    """Form and sinks of the table's gradient, as operators.py takes them."""
+    if main_grad is not None and row_gradients is not None:
+        raise ValueError("main_grad and row_gradients: one destination of the gradient, not both")
     if main_grad is not None:
-        _check_shape("main_grad", main_grad, tuple(table.shape))
+        buffers = as_chunks(main_grad, "main_grad")
+        _check_cut("main_grad", buffers, chunks)
+        return "main_grad", buffers
+    if row_gradients is None:
+        return "dense", []
+    capacity, columns = row_gradients.gradients.shape
+    least = min(indices.numel(), num_rows(chunks))
+    if capacity < least or columns != chunks[0].shape[1]:
+        raise ValueError(
+            f"row_gradients: room for {least} rows of {chunks[0].shape[1]} columns wanted, got "
+            f"{capacity} of {columns}; make it by RowGradients.empty(table, indices.numel())"
+        )
+    return "rows", row_gradients.buffers()
+
+
+def _shadow(shadow: Fp8Shadow | None, chunks: list[Tensor]) -> list[Tensor]:
+    if shadow is None:
+        return []
+    _check_cut("shadow", shadow.values, chunks)
+    return shadow.tensors()
+
+
+def _check_cut(name: str, tensors: Sequence[Tensor], chunks: list[Tensor]) -> None:
+    """Both cut into the same chunks."""
+    if len(tensors) != len(chunks):
+        raise ValueError(f"{name}: {len(chunks)} chunks wanted, as the table, got {len(tensors)}")
+    for tensor, chunk in zip(tensors, chunks, strict=True):
+        if tensor.shape != chunk.shape:
+            raise ValueError(f"{name}: {list(chunk.shape)} wanted, got {describe(tensor)}")
+
+
+def _check(table: Table, indices: Tensor) -> list[Tensor]:
+    chunks = as_chunks(table)
+    if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indices: [T, B] int32 or int64 wanted, got {describe(indices)}")
+    return chunks
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        raise ValueError(f"{name}: {list(shape)} floating point wanted, got {_describe(tensor)}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name}: {list(shape)} floating point wanted, got {describe(tensor)}")

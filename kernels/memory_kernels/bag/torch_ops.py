@@ -1,19 +1,68 @@
-"""The bag's three sums on torch operators, for the CPU and for any device without a kernel of ours.
+"""The bag's sums on torch operators, for the CPU and for any device without a kernel of ours.
 
-Axes: T tokens, B rows read a token, S rows of the table, D columns.
+Axes: T tokens, B rows read a token, S rows of the table, D columns. Tables come as row chunks.
+
+| function | serves |
+|---|---|
+| `weighted_bag`, `row_dot`, `bag_backward`, `gate_gradients` | the operators of operators.py |
 
 | sum | used for |
 |---|---|
 | `bag_sum`: over the bag, table rows | forward of the bag, input gradient of the row dot |
 | `bag_dot`: over the columns | weight gradient of the bag, forward of the row dot |
-| `add_row_gradients`: over the tokens that read a row | table gradient of both |
+| `row_gradients`: over the tokens that read a row | table gradient of both |
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memory_kernels.bag.row_gradients import fill
+from memory_kernels.chunks import gather_rows, rows_by_chunk
+from memory_kernels.shadow import dequantize_rows
+
 _SUM_MODE = 0  # aten's number for embedding_bag's mode="sum"
+
+
+def weighted_bag(
+    table: Sequence[Tensor],
+    indices: Tensor,
+    weights: Tensor,
+    gate: Tensor | None,
+    shadow: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """y and the sums before the gate; see the operator of this name in operators.py."""
+    sums = bag_sum(*_one_tensor(table, shadow, indices), weights).to(table[0].dtype)
+    return (sums, sums.new_empty(0)) if gate is None else (gate_sums(sums, gate), sums)
+
+
+def row_dot(
+    table: Sequence[Tensor], indices: Tensor, x: Tensor, shadow: Sequence[Tensor]
+) -> Tensor:
+    """h in fp32 (fp64 for an fp64 table); see the operator of this name in operators.py."""
+    products = bag_dot(*_one_tensor(table, shadow, indices), x)
+    return products.to(torch.promote_types(products.dtype, torch.float32))
+
+
+def bag_backward(
+    table: Sequence[Tensor],
+    indices: Tensor,
+    weights: Tensor,
+    x: Tensor,
+    shadow: Sequence[Tensor],
+    form: str,
+    sinks: Sequence[Tensor],
+    with_dot: bool,
+) -> Tensor:
+    """Fills the sinks and returns the dots; see the operator of this name in operators.py."""
+    rows, sums = row_gradients(indices, weights, x)
+    if form == "rows":
+        fill(sinks, rows, sums)
+    else:
+        add_rows(sinks, rows, sums)
+    return row_dot(table, indices, x, shadow) if with_dot else sums.new_empty(0)
 
 
 def bag_sum(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -46,18 +95,33 @@ def bag_dot(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
     num_tokens, bag_size = indices.shape
     if indices.numel() == 0:
         return table.new_zeros(num_tokens, bag_size)
-    flat = indices.reshape(-1)
     bags = torch.arange(num_tokens, dtype=indices.dtype, device=indices.device)
     # The product that embedding_bag's own backward makes for its weights: no [T, B, D] is written.
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.to(table.dtype).contiguous(),
         table,
-        flat,
+        indices.reshape(-1),
         bags * bag_size,
         bags.repeat_interleave(bag_size),
         _SUM_MODE,
     )
     return products.view(num_tokens, bag_size)
+
+
+def _one_tensor(
+    table: Sequence[Tensor], shadow: Sequence[Tensor], indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """torch's operators read one tensor of a usual dtype: the table, or of several chunks and of
+    fp8 values a copy of the rows that are read, and their numbers in it."""
+    if len(table) == 1 and not shadow:
+        return table[0], indices
+    rows, numbers = indices.long().unique(return_inverse=True)
+    if not shadow:
+        return gather_rows(table, rows), numbers
+    *values, scales = shadow
+    # As bytes: torch cannot select rows of fp8 tensors everywhere.
+    read = gather_rows([chunk.view(torch.uint8) for chunk in values], rows)
+    return dequantize_rows(read.view(torch.float8_e4m3fn), scales[rows]), numbers
 
 
 def row_gradients(indices: Tensor, weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +139,8 @@ def row_gradients(indices: Tensor, weights: Tensor, x: Tensor) -> tuple[Tensor, 
         rows [R], unique and ascending, and their sums [R, D] in fp32 (fp64 for fp64 x).
     """
     accumulator = torch.promote_types(x.dtype, torch.float32)
+    if indices.numel() == 0:
+        return indices.new_empty(0), x.new_empty(0, x.shape[1], dtype=accumulator)
     bag_size = indices.shape[1]
     reads, order = torch.sort(indices.reshape(-1), stable=True)
     rows, counts = torch.unique_consecutive(reads, return_counts=True)
@@ -89,9 +155,26 @@ def row_gradients(indices: Tensor, weights: Tensor, x: Tensor) -> tuple[Tensor, 
     return rows, sums
 
 
-def add_row_gradients(target: Tensor, indices: Tensor, weights: Tensor, x: Tensor) -> None:
-    """Add to target [S, D], in place, the gradient of a table read at `indices`; see
-    row_gradients."""
-    if indices.numel():
-        rows, sums = row_gradients(indices, weights, x)
-        target.index_add_(0, rows, sums.to(target.dtype))
+def add_rows(targets: Sequence[Tensor], rows: Tensor, sums: Tensor) -> None:
+    """Add sums [R, D] to the rows [R], unique and ascending, of targets (chunks of [S, D])."""
+    if len(targets) == 1:
+        targets[0].index_add_(0, rows, sums.to(targets[0].dtype))
+        return
+    for target, local, part in rows_by_chunk(targets, rows):
+        target.index_add_(0, local, sums[part].to(target.dtype))
+
+
+def gate_sums(sums: Tensor, gate: Tensor) -> Tensor:
+    """sums * silu(gate), [T, D] each, computed in fp32 and rounded once to the sums' dtype."""
+    accumulator = torch.promote_types(sums.dtype, torch.float32)
+    return (sums.to(accumulator) * F.silu(gate.to(accumulator))).to(sums.dtype)
+
+
+def gate_gradients(grad_output: Tensor, sums: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `gate_sums` for sums and gate, each in its own dtype, computed in fp32."""
+    accumulator = torch.promote_types(sums.dtype, torch.float32)
+    grad, s, g = (tensor.to(accumulator) for tensor in (grad_output, sums, gate))
+    sigmoid = torch.sigmoid(g)
+    silu = g * sigmoid
+    grad_gate = grad * s * (sigmoid + silu * (1 - sigmoid))
+    return (grad * silu).to(sums.dtype), grad_gate.to(gate.dtype)

@@ -1,0 +1,106 @@
+"""The table's gradient as the rows that were read: for optimizers whose work follows the reads."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memory_kernels.chunks import as_chunks, num_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowGradients:
+    """Gradients of the rows that one call of `weighted_bag` or `row_dot` read.
+
+    Buffers of a fixed capacity, made before the call and filled in its backward, so that nothing
+    waits for the device: of the C entries the first `num_rows` hold, the others are undefined.
+    """
+
+    rows: Tensor
+    """[C] int64: the rows read, ascending, each once."""
+    gradients: Tensor
+    """[C, D]: their gradients."""
+    squared_norms: Tensor
+    """[C] fp32: the squared norm of each gradient before it is rounded to its dtype."""
+    num_rows: Tensor
+    """[1] int32, on the device of the rest: how many entries hold; 0 before the backward."""
+
+    @classmethod
+    def empty(
+        cls,
+        table: Tensor | Sequence[Tensor],
+        num_reads: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> "RowGradients":
+        """Buffers for a call that reads num_reads = T * B rows of `table`.
+
+        No more than min(num_reads, S) rows can be read.
+        """
+        chunks = as_chunks(table)
+        capacity = min(num_reads, num_rows(chunks))
+        device = chunks[0].device
+        return cls(
+            rows=torch.empty(capacity, dtype=torch.int64, device=device),
+            gradients=torch.empty(capacity, chunks[0].shape[1], dtype=dtype, device=device),
+            squared_norms=torch.empty(capacity, dtype=torch.float32, device=device),
+            num_rows=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    def buffers(self) -> list[Tensor]:
+        """rows, gradients, squared_norms, num_rows."""
+        return [self.rows, self.gradients, self.squared_norms, self.num_rows]
+
+    def trimmed(self) -> "RowGradients":
+        """Views of the entries that hold; waits for the device."""
+        count = int(self.num_rows)
+        return RowGradients(
+            rows=self.rows[:count],
+            gradients=self.gradients[:count],
+            squared_norms=self.squared_norms[:count],
+            num_rows=self.num_rows,
+        )
+
+    def norm(self) -> Tensor:
+        """The L2 norm of the whole gradient, a scalar on the device; nothing waits."""
+        held = torch.arange(len(self.squared_norms), device=self.rows.device) < self.num_rows
+        return torch.where(held, self.squared_norms, 0.0).sum().sqrt()
+
+    def to_sparse(self, table: Tensor) -> Tensor:
+        """A coalesced torch.sparse_coo tensor of the table's shape, as torch's SparseAdam takes it;
+        waits for the device."""
+        held = self.trimmed()
+        return torch.sparse_coo_tensor(
+            held.rows[None], held.gradients, table.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+def fill(sink: Sequence[Tensor], rows: Tensor, sums: Tensor) -> None:
+    """Write rows [R] and their gradients [R, D] to the buffers of a RowGradients."""
+    out_rows, gradients, squared_norms, count = sink
+    held = len(rows)
+    out_rows[:held] = rows
+    gradients[:held] = sums
+    squared_norms[:held] = sums.float().square().sum(-1)
+    count.fill_(held)
+
+
+def merge_row_gradients(parts: Sequence[RowGradients]) -> RowGradients:
+    """The sum of several reads' gradients of one table (layers that share it, microbatches).
+
+    Waits for the device. Sums are accumulated in fp32, in the order of the parts, and rounded to
+    the first part's dtype.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    held = [part.trimmed() for part in parts]
+    rows = torch.cat([part.rows for part in held])
+    gradients = torch.cat([part.gradients for part in held])
+    dtype = parts[0].gradients.dtype
+    merged = RowGradients.empty(gradients, len(rows), dtype)
+    # A bag of one row a token is the same sum: each token is a row of a part.
+    ones = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
+    torch.ops.memory_kernels.bag_backward(
+        [gradients], rows[:, None], ones, gradients, [], "rows", merged.buffers(), False
+    )
+    return merged
