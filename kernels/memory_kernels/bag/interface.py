@@ -43,15 +43,15 @@ def weighted_bag(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    chunks = _check(table, indices)
-    _check_shape("weights", weights, tuple(indices.shape))
+    chunks = check_reads(table, indices)
+    check_operand("weights", weights, tuple(indices.shape))
     if gate is not None:
-        _check_shape("gate", gate, (indices.shape[0], chunks[0].shape[1]))
-    form, sinks = _destination(chunks, indices, main_grad, row_gradients)
+        check_operand("gate", gate, (indices.shape[0], chunks[0].shape[1]))
+    form, sinks = sinks_of(chunks, indices, main_grad, row_gradients)
     if form != "dense":
-        chunks, weights = [chunk.detach() for chunk in chunks], _requiring_grad(weights)
+        chunks, weights = [chunk.detach() for chunk in chunks], requiring_grad(weights)
     y, _ = operators.weighted_bag(
-        chunks, indices, weights, gate, _shadow(shadow, chunks), form, sinks
+        chunks, indices, weights, gate, shadow_tensors(shadow, chunks), form, sinks
     )
     return y
 
@@ -77,21 +77,21 @@ def row_dot(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    chunks = _check(table, indices)
-    _check_shape("x", x, (indices.shape[0], chunks[0].shape[1]))
-    form, sinks = _destination(chunks, indices, main_grad, row_gradients)
+    chunks = check_reads(table, indices)
+    check_operand("x", x, (indices.shape[0], chunks[0].shape[1]))
+    form, sinks = sinks_of(chunks, indices, main_grad, row_gradients)
     if form != "dense":
-        chunks, x = [chunk.detach() for chunk in chunks], _requiring_grad(x)
-    products = operators.row_dot(chunks, indices, x, _shadow(shadow, chunks), form, sinks)
+        chunks, x = [chunk.detach() for chunk in chunks], requiring_grad(x)
+    products = operators.row_dot(chunks, indices, x, shadow_tensors(shadow, chunks), form, sinks)
     return products.to(chunks[0].dtype)
 
 
-def _requiring_grad(operand: Tensor) -> Tensor:
+def requiring_grad(operand: Tensor) -> Tensor:
     """Autograd runs backward, and with it the table's gradient, for such operands only."""
     return operand if operand.requires_grad else operand.detach().requires_grad_()
 
 
-def _destination(
+def sinks_of(
     chunks: list[Tensor],
     indices: Tensor,
     main_grad: Table | None,
@@ -116,7 +116,8 @@ def _destination(
     return "rows", row_gradients.buffers()
 
 
-def _shadow(shadow: Fp8Shadow | None, chunks: list[Tensor]) -> list[Tensor]:
+def shadow_tensors(shadow: Fp8Shadow | None, chunks: list[Tensor]) -> list[Tensor]:
+    """What operators take for a shadow, checked against the table."""
     if shadow is None:
         return []
     _check_cut("shadow", shadow.values, chunks)
@@ -132,13 +133,15 @@ def _check_cut(name: str, tensors: Sequence[Tensor], chunks: list[Tensor]) -> No
             raise ValueError(f"{name}: {list(chunk.shape)} wanted, got {describe(tensor)}")
 
 
-def _check(table: Table, indices: Tensor) -> list[Tensor]:
-    chunks = as_chunks(table)
+def check_reads(table: Table, indices: Tensor, name: str = "table") -> list[Tensor]:
+    """The table's chunks; a ValueError names the table or the indices that do not fit."""
+    chunks = as_chunks(table, name)
     if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices: [T, B] int32 or int64 wanted, got {describe(indices)}")
     return chunks
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """A ValueError if the tensor is not of that shape, floating point."""
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         raise ValueError(f"{name}: {list(shape)} floating point wanted, got {describe(tensor)}")
