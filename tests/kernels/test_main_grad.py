@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memory_kernels import product_key_topk, row_dot, weighted_bag
+from memory_kernels.bag import torch_ops
 from memory_kernels.bag.torch_ops import row_gradients
 from tests.kernels.bag_cases import INDEX_DTYPES, SHAPES, Shape, make_case
 
@@ -120,6 +121,19 @@ def test_the_order_of_a_rows_reads_is_the_tokens_order(two_threads):
         for row in bag:
             in_order[row] += x[token]
     assert torch.equal(sums, in_order[rows.long()])
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1000, 2**14])
+def test_parts_of_any_size_give_the_same_bits(monkeypatch, part_bytes: int):
+    case = make_case(MANY_TOKENS, torch.float32, torch.int32)
+    whole = row_gradients(case.indices, case.weights.detach(), case.x.detach())
+    _, _, dense = _run("weighted_bag", case, None)
+    monkeypatch.setattr(torch_ops, "_PART_BYTES", part_bytes)
+    parts = row_gradients(case.indices, case.weights.detach(), case.x.detach())
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    main_grad = torch.zeros(MANY_TOKENS.rows, MANY_TOKENS.columns)
+    _run("weighted_bag", case, main_grad)
+    assert torch.equal(main_grad, dense)
 
 
 def test_retrieval_gives_the_same_bits_twice(two_threads):

@@ -75,14 +75,14 @@ class RowGradients:
         )
 
 
-def fill(sink: Sequence[Tensor], rows: Tensor, sums: Tensor) -> None:
-    """Write rows [R] and their gradients [R, D] to the buffers of a RowGradients."""
-    out_rows, gradients, squared_norms, count = sink
-    held = len(rows)
-    out_rows[:held] = rows
-    gradients[:held] = sums
-    squared_norms[:held] = sums.float().square().sum(-1)
-    count.fill_(held)
+def fill(sink: Sequence[Tensor], first: int, rows: Tensor, sums: Tensor) -> None:
+    """Write rows [R] and their gradients [R, D] to the buffers of a RowGradients, from entry
+    `first` on; their number is the caller's to set."""
+    out_rows, gradients, squared_norms, _ = sink
+    part = slice(first, first + len(rows))
+    out_rows[part] = rows
+    gradients[part] = sums
+    squared_norms[part] = sums.float().square().sum(-1)
 
 
 def merge_row_gradients(parts: Sequence[RowGradients]) -> RowGradients:

@@ -13,7 +13,7 @@ Axes: T tokens, B rows read a token, S rows of the table, D columns. Tables come
 | `row_gradients`: over the tokens that read a row | table gradient of both |
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,10 @@ from memory_kernels.bag.row_gradients import fill
 from memory_kernels.chunks import gather_rows, rows_by_chunk
 from memory_kernels.shadow import dequantize_rows
 
+# Sums of this size are added to their rows while they are in the cache. Measured on two cores, 65k
+# reads of 512 fp32 columns: 25 ms, against 75 ms with all sums at once.
+_PART_BYTES = 2**21
+_PART_BYTES_ELSEWHERE = 2**28  # launches cost more than the cache saves; bounds the temporary
 _SUM_MODE = 0  # aten's number for embedding_bag's mode="sum"
 
 
@@ -57,12 +61,18 @@ def bag_backward(
     with_dot: bool,
 ) -> Tensor:
     """Fills the sinks and returns the dots; see the operator of this name in operators.py."""
-    rows, sums = row_gradients(indices, weights, x)
+    num_filled = 0
+    for rows, sums in row_gradient_parts(indices, weights, x):
+        if form == "rows":
+            fill(sinks, num_filled, rows, sums)
+            num_filled += len(rows)
+        else:
+            add_rows(sinks, rows, sums)
     if form == "rows":
-        fill(sinks, rows, sums)
-    else:
-        add_rows(sinks, rows, sums)
-    return row_dot(table, indices, x, shadow) if with_dot else sums.new_empty(0)
+        sinks[-1].fill_(num_filled)
+    if with_dot:
+        return row_dot(table, indices, x, shadow)
+    return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def bag_sum(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -127,32 +137,52 @@ def _one_tensor(
 def row_gradients(indices: Tensor, weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that the tokens read, and sum over their reads of weights[t, b] * x[t] for each.
 
-    The work follows the number of reads and not the table's size. Summed in the order of the sorted
-    reads, so that two runs give the same bits.
-
     Args:
         indices: [T, B], int32 or int64.
         weights: [T, B].
         x: [T, D].
 
     Returns:
-        rows [R], unique and ascending, and their sums [R, D] in fp32 (fp64 for fp64 x).
+        rows [R] int64, unique and ascending, and their sums [R, D] in fp32 (fp64 for fp64 x).
     """
-    accumulator = torch.promote_types(x.dtype, torch.float32)
+    parts = list(row_gradient_parts(indices, weights, x))
+    if not parts:
+        accumulator = torch.promote_types(x.dtype, torch.float32)
+        return indices.new_empty(0, dtype=torch.int64), x.new_empty(0, x.shape[1]).to(accumulator)
+    rows, sums = zip(*parts, strict=True)
+    return torch.cat(rows), torch.cat(sums)
+
+
+def row_gradient_parts(
+    indices: Tensor, weights: Tensor, x: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`row_gradients` in parts of few enough rows that their sums stay in the cache.
+
+    The work follows the number of reads and not the table's size. Summed in the order of the sorted
+    reads, so that two runs give the same bits.
+    """
     if indices.numel() == 0:
-        return indices.new_empty(0), x.new_empty(0, x.shape[1], dtype=accumulator)
-    bag_size = indices.shape[1]
+        return
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(accumulator)
     reads, order = torch.sort(indices.reshape(-1), stable=True)
     rows, counts = torch.unique_consecutive(reads, return_counts=True)
+    tokens = (order // indices.shape[1]).to(indices.dtype)
+    weights = weights.reshape(-1)[order].to(accumulator)
     starts = counts.cumsum(0) - counts
-    sums = F.embedding_bag(
-        order // bag_size,
-        x.to(accumulator),
-        starts,
-        per_sample_weights=weights.reshape(-1)[order].to(accumulator),
-        mode="sum",
-    )
-    return rows, sums
+    part_bytes = _PART_BYTES if x.device.type == "cpu" else _PART_BYTES_ELSEWHERE
+    part_rows = max(part_bytes // max(x.shape[1] * x.element_size(), 1), 1)
+    borders = [*starts[::part_rows].tolist(), len(reads)]
+    for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
+        part = slice(number * part_rows, (number + 1) * part_rows)
+        sums = F.embedding_bag(
+            tokens[first:last],
+            x,
+            (starts[part] - first).to(tokens.dtype),
+            per_sample_weights=weights[first:last],
+            mode="sum",
+        )
+        yield rows[part].long(), sums
 
 
 def add_rows(targets: Sequence[Tensor], rows: Tensor, sums: Tensor) -> None:
