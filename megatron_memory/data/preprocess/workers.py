@@ -1,5 +1,6 @@
 """An ordered map over processes that never hangs: a dead worker ends it, with the reason."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -147,6 +148,10 @@ def _work(
     connection: Connection,
     inherited: tuple[Connection, ...],
 ) -> None:
+    # A collection here would walk all that a forked parent had, native libraries' objects among
+    # it that are not made for that: it has ended in a segmentation fault. It would copy their pages
+    # besides. Python's gc documentation recommends this for forked processes.
+    gc.freeze()
     # Copies of the parent's ends would keep this worker alive after the parent's death.
     for other in inherited:
         other.close()
