@@ -354,8 +354,19 @@ def what_will_be_used(facts: dict[str, Any]) -> list[str]:
         f"{'collectives':<18} {facts['distributed']}",
         f"{'layers':<18} {layers}",
         f"{'Adam':<18} {adam}",
-        f"{'memory operators':<18} torch",
+        f"{'memory operators':<18} {_memory_operators(facts)}",
     ]
+
+
+def _memory_operators(facts: dict[str, Any]) -> str:
+    if "runs_triton" not in facts:
+        return "unknown: see the problems below"
+    if facts["runs_triton"]:
+        capabilities = " and ".join(sorted({f"sm {gpu['capability']}" for gpu in facts["gpus"]}))
+        return f"Triton {installed_version('triton')}, for {capabilities}"
+    if facts["device"] == "cpu":
+        return "torch, on the CPU"
+    return f"torch: {facts['why_no_triton']}"
 
 
 def check_probe(facts: dict[str, Any]) -> list[Problem]:

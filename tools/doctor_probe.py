@@ -65,10 +65,28 @@ def probe_megatron() -> dict[str, Any]:
 
 
 def probe_kernels() -> dict[str, Any]:
-    """Where the memory operators come from."""
-    import memory_kernels
+    """Where the memory operators come from, and what they run on by themselves."""
+    import torch
 
-    return {"memory_kernels": os.path.dirname(memory_kernels.__file__)}
+    import memory_kernels
+    from megatron_memory.runtime import prepare_megatron
+    from memory_kernels.choice import use_kernels, uses_triton
+
+    backend = prepare_megatron()
+    tensor = torch.empty(0, device=backend.device)
+    runs_triton = uses_triton(tensor)
+    why_not = ""
+    if backend.is_cuda and not runs_triton:
+        try:
+            use_kernels("triton")
+            uses_triton(tensor)
+        except ValueError as error:
+            why_not = str(error)
+    return {
+        "memory_kernels": os.path.dirname(memory_kernels.__file__),
+        "runs_triton": runs_triton,
+        "why_no_triton": why_not,
+    }
 
 
 def main() -> None:

@@ -73,6 +73,11 @@ def _combination_problems(config: Config) -> Iterator[str]:
             "over the tensor-parallel ranks alone. Use 1, and raise "
             "--tensor-model-parallel-size for a larger table."
         )
+    if memory.fp8_values and not config.precision.bf16:
+        yield (
+            "--memory-fp8-values halves the bytes of bf16 values, and this run computes in fp32: "
+            "add --bf16, or leave it away."
+        )
 
 
 def _value_optimizer_problems(config: Config) -> Iterator[str]:

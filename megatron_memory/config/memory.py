@@ -58,11 +58,12 @@ class MemoryConfig:
     """Largest norm of the values' gradient, apart from all other parameters'. 0: no clipping."""
     parallel_size: int = option(1, at_least=1)
     """Data-parallel neighbours over which the table's columns are split further."""
-    kernels: Literal["auto", "torch"] = option(
-        "auto",
-        not_here={"triton": "the fused kernels are not built yet; use auto or torch"},
-    )
-    """What computes the layer. Both are torch's operators until the fused kernels are built."""
+    fp8_values: bool = False
+    """Read the values in fp8 (e4m3, a scale a row), which halves the bytes read; the bf16 values
+    stay what is trained and saved. Takes another byte a value. Needs --bf16."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """What computes the layers: Triton's kernels, or torch's operators. auto: Triton on GPUs of
+    compute capability 8.0 and newer, else torch."""
     log_usage: bool = True
     """Log the share of rows read and how evenly, at every --log-interval."""
 

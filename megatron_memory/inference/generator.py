@@ -14,6 +14,7 @@ from megatron_memory.inference.saved_model import SavedModel, find_saved_model
 from megatron_memory.model.gpt import build_model
 from megatron_memory.runtime import Backend
 from megatron_memory.runtime.distributed import initialize_distributed, world_size
+from megatron_memory.runtime.kernels import choose_kernels
 from megatron_memory.training.checkpoint.loader import load_weights
 from megatron_memory.training.program import tokenizer_of
 
@@ -63,6 +64,10 @@ class Generator:
     def __init__(self, saved: SavedModel, backend: Backend):
         config = saved.config
         self.saved = saved
+        self.kernels: str | None = None
+        """What computes the memory layers, for the log; None without memory."""
+        if config.memory.enabled:
+            self.kernels = choose_kernels(config.memory.kernels, backend)
         self.tokenizer = tokenizer_of(config)
         vocab_size = check_vocab_size(self.tokenizer, config.data.vocab_size)
         padded = padded_vocab_size(

@@ -31,6 +31,10 @@ class ModelSource:
     """Processes that share the model; the training may have used another number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes the GPU where there is one."""
+    memory_kernels: Literal["auto", "triton", "torch"] = "auto"
+    """What computes the memory layers; auto: Triton's kernels on GPUs that run them, else torch."""
+    memory_fp8_values: bool = False
+    """Read the memory's values in fp8, as a training with this flag does anyway."""
 
     def __post_init__(self) -> None:
         _check_fields(self)

@@ -101,7 +101,12 @@ def _for_inference(saved: Config, source: ModelSource) -> Config:
         saved,
         # None: Transformer Engine where it is, else the local layers, which have the same tensors.
         model=replace(saved.model, transformer_impl="local" if impl == "local" else None),
-        memory=replace(saved.memory, parallel_size=1, kernels="auto"),
+        memory=replace(
+            saved.memory,
+            parallel_size=1,
+            kernels=source.memory_kernels,
+            fp8_values=saved.memory.fp8_values or source.memory_fp8_values,
+        ),
         parallel=ParallelConfig(
             tensor_model_parallel_size=source.tensor_model_parallel_size, device=source.device
         ),

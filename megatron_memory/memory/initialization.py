@@ -1,6 +1,7 @@
 """Initial values of the memory parameters, after the paper's released settings."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ _MAX_BLOCK_ELEMENTS = 2**24
 
 @torch.no_grad()
 def init_table_columns_(
-    weight: Tensor, *, std: float, first_column: int, seed: int, table_number: int
+    chunks: Sequence[Tensor], *, std: float, first_column: int, seed: int, table_number: int
 ) -> None:
     """Fill a slice of a value table with N(0, std), the same values however the table is split.
 
@@ -20,27 +21,37 @@ def init_table_columns_(
     differ.
 
     Args:
-        weight: [S, C], this rank's columns.
-        first_column: the whole table's column that weight[:, 0] is.
+        chunks: the rows [S, C] of this rank's columns, cut into any number of tensors.
+        first_column: the whole table's column that the slice's first one is.
         seed: of the run.
         table_number: tells the tables of a model apart.
     """
-    num_rows, num_columns = weight.shape
-    last_column = first_column + num_columns
-    rows_a_chunk = max(1, _MAX_BLOCK_ELEMENTS // _COLUMNS_A_BLOCK)
+    num_rows, device = sum(len(chunk) for chunk in chunks), chunks[0].device
+    last_column = first_column + chunks[0].shape[1]
+    rows_drawn = max(1, _MAX_BLOCK_ELEMENTS // _COLUMNS_A_BLOCK)
     for block in range(first_column // _COLUMNS_A_BLOCK, -(-last_column // _COLUMNS_A_BLOCK)):
-        generator = torch.Generator(weight.device)
+        generator = torch.Generator(device)
         generator.manual_seed(_block_seed(seed, table_number, block))
-        start = max(first_column, block * _COLUMNS_A_BLOCK)
-        end = min(last_column, (block + 1) * _COLUMNS_A_BLOCK)
-        for row in range(0, num_rows, rows_a_chunk):
-            rows = min(rows_a_chunk, num_rows - row)
-            values = torch.empty(rows, _COLUMNS_A_BLOCK, device=weight.device)
+        offset = block * _COLUMNS_A_BLOCK
+        start, end = max(first_column, offset), min(last_column, offset + _COLUMNS_A_BLOCK)
+        for row in range(0, num_rows, rows_drawn):
+            values = torch.empty(min(rows_drawn, num_rows - row), _COLUMNS_A_BLOCK, device=device)
             values.normal_(0.0, std, generator=generator)
-            offset = block * _COLUMNS_A_BLOCK
-            weight[row : row + rows, start - first_column : end - first_column] = values[
-                :, start - offset : end - offset
-            ].to(weight.dtype)
+            targets = [chunk[:, start - first_column : end - first_column] for chunk in chunks]
+            _write_rows(targets, row, values[:, start - offset : end - offset])
+
+
+def _write_rows(targets: Sequence[Tensor], first_row: int, values: Tensor) -> None:
+    """Write values to consecutive rows, counted over all targets."""
+    begin, end = first_row, first_row + len(values)
+    start = 0
+    for target in targets:
+        first, last = max(begin, start), min(end, start + len(target))
+        if first < last:
+            target[first - start : last - start] = values[first - begin : last - begin].to(
+                target.dtype
+            )
+        start += len(target)
 
 
 def _block_seed(seed: int, table_number: int, block: int) -> int:

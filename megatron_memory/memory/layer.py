@@ -123,28 +123,40 @@ class MemoryLayer(MegatronModule):
         # A recomputed layer runs twice, of which only the second keeps a graph.
         if self.usage is not None and torch.is_grad_enabled():
             self.usage.record(route)
-        if self.config.memory.variant == "peer":
-            y = self._read_peer(x, route)
-        else:
-            y = self._read_values(route)
+        y = self._read_peer(x, route) if self._is_peer else self._read_values(x, route)
+        # Behind memory+'s gate, though the values' dropout is before it in the formula: it scales
+        # each element, by 0 or 1 / (1 - rate), and so does the gate.
         y = self._dropout(y)
-        output, bias = self._project(x, y)
+        output, bias = self._project(x.shape[1], y)
         if self.gate is not None:
             output = output if bias is None else output + bias
             output, bias = output * torch.sigmoid(self.gate(x)), None
         return output, bias
 
-    def _read_values(self, route: Route) -> Tensor:
-        """[T, C]: all tokens of the tensor-parallel group, this rank's columns."""
+    @property
+    def _is_peer(self) -> bool:
+        return self.config.memory.variant == "peer"
+
+    def _read_values(self, x: Tensor, route: Route) -> Tensor:
+        """[T, C]: all tokens of the tensor-parallel group, this rank's columns; memory+'s are
+        gated."""
         indices, weights = share_route(route, self.config, self.tp_group)
-        return self._table("values")(weighted_bag, indices, weights)
+        if self.linear_fc1 is None:
+            return self._table("values")(weighted_bag, indices, weights)
+        gate, _ = self.linear_fc1(x)
+        return self._table("values")(weighted_bag, indices, weights, gate.flatten(0, 1))
 
     def _read_peer(self, x: Tensor, route: Route) -> Tensor:
-        """[T, C]; one all-reduce of [T, H * K] completes the dot products over the ranks'
-        columns."""
+        """[T, C]: all tokens of the tensor-parallel group, this rank's columns."""
         indices, weights = share_route(route, self.config, self.tp_group)
-        columns = self._own_columns_of_all_tokens(x)
-        products = self._table("values_u")(row_dot, indices, columns)
+        return self._sum_experts(indices, weights, self._own_columns_of_all_tokens(x))
+
+    def _sum_experts(self, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+        """Sum over b of weights[t, b] * gelu(u . x[t]) * v, for the rows u and v of indices[t, b].
+
+        One all-reduce of [T, H * K] completes the dot products over the ranks' columns.
+        """
+        products = self._table("values_u")(row_dot, indices, x)
         products = reduce_from_tensor_model_parallel_region(products.float(), group=self.tp_group)
         products = copy_to_tensor_model_parallel_region(products, group=self.tp_group)
         return self._table("values_v")(weighted_bag, indices, weights * F.gelu(products))
@@ -167,16 +179,11 @@ class MemoryLayer(MegatronModule):
         with get_cuda_rng_tracker().fork():
             return F.dropout(y, rate)
 
-    def _project(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _project(self, num_sequences: int, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """From this rank's columns of all tokens to all columns of this rank's tokens."""
-        num_sequences = x.shape[1]
         if self.linear_fc2 is None:
             return self._exchange_columns(y).view(-1, num_sequences, self.config.hidden_size), None
-        y = y.view(-1, num_sequences, y.shape[-1])
-        if self.linear_fc1 is not None:
-            gate, _ = self.linear_fc1(x)
-            y = y * F.silu(gate)
-        output, bias = self.linear_fc2(y)
+        output, bias = self.linear_fc2(y.view(-1, num_sequences, y.shape[-1]))
         # A view: Megatron's checkpointing would make an autograd output of the parameter itself.
         return output, bias.view_as(bias)
 

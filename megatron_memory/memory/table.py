@@ -1,19 +1,28 @@
-"""Value tables, split by columns over the tensor-parallel ranks."""
+"""Value tables, split by columns over the tensor-parallel ranks and cut into chunks of rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule
-from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.initialization import init_table_columns_
+from memory_kernels import Fp8Shadow
+
+MAX_CHUNK_ELEMENTS = 2**28
+"""Of one parameter. Larger tables are several, which keeps each far below the 2^31 elements that
+32-bit offsets reach, and lets DDP's buckets and a checkpoint's files be of like sizes."""
 
 
 class ValueTable(MegatronModule):
     """S rows of D values, of which this rank holds C = D / tensor-parallel-size columns.
+
+    The rows are one parameter `weight`, or in large tables several, `weight_0` and so on: chunks of
+    one size, of which only the last may be smaller.
 
     The gradient goes past autograd: readers add the rows that they read to DDP's `main_grad`, so
     that no temporary of the table's size is made.
@@ -41,33 +50,63 @@ class ValueTable(MegatronModule):
         self.on_gradient_ready: Callable[[], None] | None = None
         """Called in backward once every reader has added its part; DDP's overlap needs it."""
         self._num_reads_done = 0
+        self._shadow: Fp8Shadow | None = None
+        self._shadow_is_stale = True
         columns = config.memory_value_dim // tp_group.size()
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(
-            torch.empty(config.memory_num_slots, columns, dtype=config.params_dtype, device=device)
-        )
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
-        # Megatron gives such parameters gradient buffers and an optimizer of their own.
-        setattr(self.weight, "allreduce", False)
-        setattr(self.weight, "is_memory_value", True)
+        self._chunk_names = self._make_chunks(config, columns)
+        self.register_load_state_dict_post_hook(lambda module, keys: module.weights_changed())
         if config.perform_initialization:
             init_table_columns_(
-                self.weight,
+                self.chunks,
                 std=config.memory_value_dim**-0.5,
                 first_column=tp_group.rank() * columns,
                 seed=seed,
                 table_number=table_number,
             )
 
-    def forward(self, operator: Callable[..., Tensor], indices: Tensor, operand: Tensor) -> Tensor:
-        """operator(table, indices, operand), an operator of `memory_kernels.bag`."""
-        main_grad = getattr(self.weight, "main_grad", None)
-        if main_grad is None or not (self.weight.requires_grad and torch.is_grad_enabled()):
-            return operator(self.weight, indices, operand)
-        if not operand.requires_grad:
-            operand = operand.detach().requires_grad_()
-        operand = _AfterBackward.apply(operand, self._count_read)
-        return operator(self.weight, indices, operand, main_grad=main_grad)
+    def _make_chunks(self, config: MemoryTransformerConfig, columns: int) -> list[str]:
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        sizes = _chunk_rows(config.memory_num_slots, columns)
+        names = ["weight"] if len(sizes) == 1 else [f"weight_{i}" for i in range(len(sizes))]
+        for name, rows in zip(names, sizes, strict=True):
+            chunk = torch.nn.Parameter(
+                torch.empty(rows, columns, dtype=config.params_dtype, device=device)
+            )
+            set_tensor_model_parallel_attributes(chunk, is_parallel=True, dim=1, stride=1)
+            # Megatron gives such parameters gradient buffers and an optimizer of their own.
+            setattr(chunk, "allreduce", False)
+            setattr(chunk, "is_memory_value", True)
+            # Parameters of this very module, not of a ParameterList in it: the hook by which DDP
+            # waits for gathered weights looks at the parameters of the module that is called.
+            self.register_parameter(name, chunk)
+        return names
+
+    @property
+    def chunks(self) -> list[torch.nn.Parameter]:
+        """The rows in order, as `memory_kernels` takes a table."""
+        return [self.get_parameter(name) for name in self._chunk_names]
+
+    def forward(
+        self, operator: Callable[..., Tensor], indices: Tensor, operand: Tensor, *others: Tensor
+    ) -> Tensor:
+        """operator(table, indices, operand, *others), an operator of `memory_kernels.bag`.
+
+        Args:
+            operator: `weighted_bag` or `row_dot`.
+            indices: [T, B].
+            operand: what the table's rows are multiplied by.
+            others: further arguments, such as the gate.
+        """
+        chunks = self.chunks
+        options: dict[str, Any] = {"shadow": self._fresh_shadow()}
+        main_grads = [getattr(chunk, "main_grad", None) for chunk in chunks]
+        learns = chunks[0].requires_grad and torch.is_grad_enabled()
+        if learns and main_grads[0] is not None:
+            options["main_grad"] = main_grads
+            if not operand.requires_grad:
+                operand = operand.detach().requires_grad_()
+            operand = _AfterBackward.apply(operand, self._count_read)
+        return operator(chunks, indices, operand, *others, **options)
 
     def _count_read(self) -> None:
         self._num_reads_done += 1
@@ -76,19 +115,59 @@ class ValueTable(MegatronModule):
             if self.on_gradient_ready is not None:
                 self.on_gradient_ready()
 
+    def weights_changed(self) -> None:
+        """To be called after an update of the weights; loading a state dict does it, too."""
+        self._shadow_is_stale = True
+
+    @property
+    def shadow(self) -> Fp8Shadow | None:
+        """With `--memory-fp8-values`, what was read last: the weights in fp8, a scale for each row
+        of this rank's columns. Never saved: it follows from the weights."""
+        return self._shadow
+
+    @torch.no_grad()
+    def _fresh_shadow(self) -> Fp8Shadow | None:
+        """The shadow of the present weights.
+
+        Written when it is read and not at the update: only then has an overlapped gathering of the
+        updated weights arrived, by DDP's hook on this module.
+        """
+        if self.config.memory.fp8_values and self._shadow_is_stale:
+            if self._shadow is None:
+                self._shadow = Fp8Shadow.of(self.chunks)
+            else:
+                self._shadow.write(self.chunks)
+            self._shadow_is_stale = False
+        return self._shadow
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
-        """The table as one tensor [S, D], split over the tensor-parallel ranks in dimension 1."""
-        key = f"{prefix}weight"
-        return {
-            key: make_tp_sharded_tensor_for_checkpoint(
-                self.weight,
-                key,
-                tp_axis=1,
-                prepend_offsets=sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=metadata["dp_cp_group"],
+        """The table as one tensor [S, D], however it is cut: by tensor-parallel ranks in dimension
+        1, and by chunks in dimension 0."""
+        assert not sharded_offsets, "the tables are the model's, not a layer's"
+        replica = (0, 0, metadata["dp_cp_group"].rank())
+        sharded, first_row = {}, 0
+        for name, chunk in zip(self._chunk_names, self.chunks, strict=True):
+            rows, columns = chunk.shape
+            sharded[f"{prefix}{name}"] = ShardedTensor(
+                key=f"{prefix}weight",
+                data=chunk,
+                dtype=chunk.dtype,
+                local_shape=(rows, columns),
+                global_shape=(self.config.memory_num_slots, self.config.memory_value_dim),
+                global_offset=(first_row, self.tp_group.rank() * columns),
+                # Not a regular grid: the last chunk may be smaller.
+                axis_fragmentations=None,
+                replica_id=replica,
             )
-        }
+            first_row += rows
+        return sharded
+
+
+def _chunk_rows(num_rows: int, columns: int) -> list[int]:
+    """The rows of each chunk, as even as can be."""
+    most = max(1, MAX_CHUNK_ELEMENTS // columns)
+    rows = -(-num_rows // -(-num_rows // most))
+    return [min(rows, num_rows - first) for first in range(0, num_rows, rows)]
 
 
 class _AfterBackward(torch.autograd.Function):
@@ -151,6 +230,11 @@ class MemoryTables(MegatronModule):
     def tables(self) -> list[ValueTable]:
         """Every table on this rank."""
         return [module for module in self.modules() if isinstance(module, ValueTable)]
+
+    def weights_changed(self) -> None:
+        """To be called after every update of the weights."""
+        for table in self.tables():
+            table.weights_changed()
 
 
 class _OwnedTables(MegatronModule):

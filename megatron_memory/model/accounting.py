@@ -54,7 +54,7 @@ def weights(config: Config, padded_vocab_size: int) -> list[Weight]:
             found += _experts(config)
         else:
             found += _mlp(config, model.ffn_hidden_size, "dense")
-    found += _tables(config, len(with_memory))
+    found += _tables(config)
     return found
 
 
@@ -134,14 +134,18 @@ def _memory_layer(config: Config) -> Iterator[Weight]:
         yield Weight(part="dense", size=hidden + 1, is_split=False)
 
 
-def _tables(config: Config, num_layers: int) -> Iterator[Weight]:
-    memory = config.memory
-    owners = min(num_layers, 1) if memory.share_scope == "model" else num_layers
-    tables = owners * (2 if memory.variant == "peer" else 1)
+def _tables(config: Config) -> Iterator[Weight]:
+    memory, tables = config.memory, _num_tables(config)
     if tables:
         yield Weight(
             part="values", size=tables * memory.num_values * memory.value_dim, is_split=True
         )
+
+
+def _num_tables(config: Config) -> int:
+    num_layers = len(memory_layers(config))
+    owners = min(num_layers, 1) if config.memory.share_scope == "model" else num_layers
+    return owners * (2 if config.memory.variant == "peer" else 1)
 
 
 def count(config: Config, found: list[Weight], *, on_one_rank: bool) -> dict[Part, int]:
@@ -235,6 +239,15 @@ def rank_memory(config: Config, num_parameters: int, data_parallel_size: int) ->
         main_weights=4 * kept if bf16 else 0,
         optimizer_states=4 * tensors * kept,
     )
+
+
+def fp8_shadow_bytes(config: Config) -> int:
+    """Bytes on one rank of the values in fp8, which layers read with `--memory-fp8-values`."""
+    memory, tables = config.memory, _num_tables(config)
+    if not memory.fp8_values:
+        return 0
+    columns = memory.value_dim // config.parallel.tensor_model_parallel_size
+    return tables * memory.num_values * (columns + 4)
 
 
 def activation_bytes(config: Config, padded_vocab_size: int) -> int:

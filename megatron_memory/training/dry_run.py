@@ -10,6 +10,7 @@ from megatron_memory.model.accounting import (
     activation_bytes,
     count,
     flops_per_token,
+    fp8_shadow_bytes,
     memory_layers,
     rank_memory,
     weights,
@@ -98,6 +99,9 @@ def _placement(config: Config, world_size: int) -> Iterator[str]:
         f"  memory layers {', '.join(map(str, layers))} (counted from 0), {table}: "
         f"{memory.num_values:,} rows of {memory.value_dim}"
     )
+    which = {"auto": "Triton on GPUs that run it, else torch", "triton": "Triton", "torch": "torch"}
+    read = "in fp8" if memory.fp8_values else "as they are stored"
+    yield f"  kernels: {which[memory.kernels]}; values are read {read}"
     columns = memory.value_dim // ranks
     for rank in range(ranks):
         first = rank * columns
@@ -121,7 +125,8 @@ def _memory(config: Config, world_size: int, padded: int) -> Iterator[str]:
         name: rank_memory(config, number, copies) for name, number in parts.items() if number
     }
     activations = activation_bytes(config, padded)
-    total = sum(memory.total for memory in figures.values()) + activations
+    shadow = fp8_shadow_bytes(config)
+    total = sum(memory.total for memory in figures.values()) + activations + shadow
     bf16 = config.precision.bf16
     kind = "bf16" if bf16 else "fp32"
     reduced = bf16 and not config.precision.accumulate_allreduce_grads_in_fp32
@@ -133,6 +138,8 @@ def _memory(config: Config, world_size: int, padded: int) -> Iterator[str]:
             + (f"main weights (fp32) {_bytes(memory.main_weights)}, " if bf16 else "")
             + f"optimizer states (fp32) {_bytes(memory.optimizer_states)}"
         )
+    if shadow:
+        yield f"  values in fp8, with a scale a row: {_bytes(shadow)}"
     yield f"  activations of a microbatch, a rough estimate: {_bytes(activations)}"
 
 

@@ -7,6 +7,7 @@ from megatron_memory.data.datasets import Datasets, build_datasets
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
 from megatron_memory.runtime import Backend
 from megatron_memory.runtime.distributed import initialize_distributed
+from megatron_memory.runtime.kernels import choose_kernels
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
@@ -31,8 +32,11 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         ConfigurationError, DataError, CheckpointError, TrainingError: the first three before the
             first step, on every rank alike.
     """
+    kernels = choose_kernels(config.memory.kernels, backend) if config.memory.enabled else None
     initialize_distributed(config, backend)
     console = Console(is_speaker=torch.distributed.get_rank() == 0)
+    if kernels is not None:
+        console.say(kernels)
     tokenizer = tokenizer_of(config)
     vocab_size = check_vocab_size(tokenizer, config.data.vocab_size)
     padded = padded_vocab_size(

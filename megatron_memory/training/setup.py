@@ -88,8 +88,12 @@ def _wrap(config: Config, model: MemoryGPTModel) -> DistributedDataParallel:
 def _report_gradient(table: ValueTable, ddp: DistributedDataParallel) -> None:
     """Tell DDP when a table's gradient is complete, as its hook does for parameters that autograd
     sees."""
-    bucket_group = ddp.param_to_bucket_group[table.weight]
-    table.on_gradient_ready = lambda: bucket_group.register_grad_ready(table.weight)
+
+    def report() -> None:
+        for chunk in table.chunks:
+            ddp.param_to_bucket_group[chunk].register_grad_ready(chunk)
+
+    table.on_gradient_ready = report
 
 
 def _connect(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:

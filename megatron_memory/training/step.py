@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_memory.optimizer import MemoryOptimizer
-from megatron_memory.training.setup import TrainingSetup, data_parallel_group
+from megatron_memory.training.setup import TrainingSetup, data_parallel_group, unwrap
 
 Batch = dict[str, Tensor]
 
@@ -50,6 +50,7 @@ def train_step(
     setup.optimizer.zero_grad()
     losses = _run_schedule(setup, data_iterator, num_microbatches, forward_only=False)
     succeeded, grad_norm, _ = setup.optimizer.step()
+    _tell_tables(setup)
     has_memory = isinstance(setup.optimizer, MemoryOptimizer)
     result = StepResult(
         loss=_mean_loss(losses),
@@ -62,6 +63,14 @@ def train_step(
     if succeeded:
         setup.scheduler.step(setup.config.training.global_batch_size)
     return result
+
+
+def _tell_tables(setup: TrainingSetup) -> None:
+    """Their fp8 shadows no longer hold the weights."""
+    for chunk in setup.model:
+        memory = unwrap(chunk).memory
+        if memory is not None:
+            memory.weights_changed()
 
 
 @torch.no_grad()

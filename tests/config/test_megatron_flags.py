@@ -86,7 +86,6 @@ def test_reasons(arguments, reason):
         (["--transformer-impl", "inference_optimized"], "use transformer_engine"),
         (["--moe-token-dispatcher-type", "flex"], "use alltoall"),
         (["--memory-share-scope", "stage"], "arrives with pipelines"),
-        (["--memory-kernels", "triton"], "use auto or torch"),
     ],
 )
 def test_values_that_are_known_but_not_supported(arguments, reason):

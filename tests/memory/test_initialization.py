@@ -14,7 +14,7 @@ ROWS = 50
 def table_slice(first: int, columns: int, *, seed: int = 1234, number: int = 0, **options):
     """Columns first to first + columns of a table with std 1."""
     weight = torch.full((options.pop("rows", ROWS), columns), float("nan"), **options)
-    init_table_columns_(weight, std=1.0, first_column=first, seed=seed, table_number=number)
+    init_table_columns_([weight], std=1.0, first_column=first, seed=seed, table_number=number)
     return weight
 
 
@@ -36,7 +36,7 @@ def test_a_table_of_several_chunks_is_the_same_however_it_is_split(monkeypatch):
 
 def test_values_are_normal_with_the_given_deviation():
     weight = torch.empty(4000, 40)
-    init_table_columns_(weight, std=0.25, first_column=0, seed=1, table_number=0)
+    init_table_columns_([weight], std=0.25, first_column=0, seed=1, table_number=0)
     # 160000 draws: the mean's own deviation is 0.25 / 400, the standard deviation's 0.25 / 566.
     assert abs(weight.mean().item()) < 5 * 0.25 / 400
     assert weight.std().item() == pytest.approx(0.25, abs=5 * 0.25 / 566)

@@ -202,6 +202,32 @@ def test_says_what_training_will_pick(monkeypatch, device, te, module, layers, a
     assert layers in lines[2] and adam in lines[3]
 
 
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        ({"device": "cpu", "runs_triton": False}, "torch, on the CPU"),
+        ({"device": "cuda", "runs_triton": True}, "Triton 9.9.9, for sm 9.0"),
+        (
+            {"device": "cuda", "runs_triton": False, "why_no_triton": "the GPU is too old"},
+            "torch: the GPU is too old",
+        ),
+        ({"device": "cuda"}, "unknown: see the problems below"),
+    ],
+)
+def test_says_what_computes_the_memory(monkeypatch, found, line):
+    monkeypatch.setattr(doctor, "installed_version", {"triton": "9.9.9"}.get)
+    monkeypatch.setattr("megatron_memory.optional.is_installed", lambda name: False)
+    facts = {"distributed": "gloo", "adam": "apex.x", "gpus": [GPU, GPU], **found}
+    operators = doctor.what_will_be_used(facts)[4]
+    assert operators.split(maxsplit=2) == ["memory", "operators", line]
+
+
+def test_the_probe_knows_what_computes_the_memory():
+    facts = doctor.run_probe()
+    assert facts["runs_triton"] == (facts["device"] == "cuda"), facts
+    assert facts["why_no_triton"] == ""
+
+
 @pytest.fixture
 def checkout_with_probe(tmp_path, monkeypatch):
     """Lets the doctor run another probe: a function that takes its source."""

@@ -46,6 +46,7 @@ _COMPUTATION = (
     ("model", "rotary_base"),
     ("model", "norm_epsilon"),
     ("memory", "top_k"),
+    ("memory", "fp8_values"),
     ("model", "moe_router_topk"),
 )
 
