@@ -20,6 +20,9 @@ endif
 # For targets that install nothing: the environment if it is there, else the machine's own Python.
 PYTHON_AT_HAND := $(if $(READY),$(if $(wildcard $(PYTHON)),$(PYTHON),python3),$(PYTHON))
 
+# Kernels are compiled under a second Triton as well, which has a folder of its own.
+SECOND_TRITON := $(if $(READY),$(VENV)/second-triton/.ready)
+
 TESTS ?= tests
 
 # Tried in this order; megatron-core has wheels for 3.10 to 3.13.
@@ -42,7 +45,7 @@ setup: $(READY) ## make the environment in .venv and install everything into it
 quickstart: $(READY) ## train a small memory model on real text, resume it, ask it things
 	$(PYTHON) examples/quickstart/run.py $(ARGS)
 
-test: $(READY) ## run the tests; fewer with TESTS=tests/memory, more flags with ARGS="-x -v"
+test: $(READY) $(SECOND_TRITON) ## run the tests; fewer with TESTS=tests/memory, more flags with ARGS="-x -v"
 	$(PYTHON) -m pytest $(TESTS) $(ARGS)
 
 lint: $(READY) ## ruff (rules and format), mypy, codespell
@@ -90,5 +93,12 @@ $(READY): requirements.txt pyproject.toml
 	$(PIP) install -r requirements.txt
 	@echo "Installing this checkout: megatron_memory and memory_kernels, editable"
 	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(SECOND_TRITON): kernels/benchmarks/compiled/second-triton.txt | $(READY)
+	@echo "Installing a second Triton beside the first: kernels are compiled under both"
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	$(PIP) install --no-deps --target $(@D) -r $<
 	@touch $@
 endif

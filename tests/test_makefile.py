@@ -37,6 +37,16 @@ def test_an_environment_of_the_users_own_is_left_alone():
         assert "pip" not in commands
 
 
+def test_tests_get_a_second_triton_in_a_folder_of_its_own(tmp_path):
+    commands = make("-n", "test", f"VENV={tmp_path}/none").stdout
+    folder = f"{tmp_path}/none/second-triton"
+    # Whatever an interrupted installation left is removed, and the stamp comes last.
+    steps = (f"rm -rf {folder}\n", f"--target {folder} -r", f"touch {folder}/.ready", "-m pytest")
+    places = [commands.find(step) for step in steps]
+    assert -1 not in places and places == sorted(places)
+    assert commands.find(f"touch {tmp_path}/none/.ready") < places[0]
+
+
 def test_gpu_installs_nothing(tmp_path):
     commands = make("-n", "gpu", f"VENV={tmp_path}/none").stdout
     assert "TEST_DEVICE=cuda python3 -m pytest tests/gpu" in commands

@@ -1,0 +1,1 @@
+"""Kernels compiled without a GPU: the launches that ship, what each takes, what it may take."""
