@@ -39,11 +39,12 @@ def row_address(
     TABLE_DTYPE: tl.constexpr,
 ):
     """Pointers to the first column of `rows` (any shape), in int64 arithmetic throughout."""
-    rows = rows.to(tl.int64)
     if CHUNKED:
-        chunk = rows // chunk_rows
+        chunk = rows // chunk_rows  # in the rows' own dtype: to divide in int64 takes long
+        rows -= chunk * chunk_rows
         base = tl.load(table + chunk).to(tl.pointer_type(TABLE_DTYPE))
         if ALIGNED:  # Triton sees that of a tensor, but not of an address that it loads.
             base = tl.multiple_of(base, 16)
-        return base + (rows - chunk * chunk_rows) * row_stride
-    return table + rows * row_stride
+    else:
+        base = table
+    return base + rows.to(tl.int64) * row_stride

@@ -46,7 +46,7 @@ def bag_sum_kernel(
     for first in range(0, BAG, ROWS):
         read = first + tl.arange(0, ROWS)
         in_bag = read < BAG
-        row = tl.load(indices + token * BAG + read, mask=in_bag, other=0).to(tl.int64)
+        row = tl.load(indices + token * BAG + read, mask=in_bag, other=0)
         weight = tl.load(weights + token * BAG + read, mask=in_bag, other=0.0).to(tl.float32)
         if scales is not None:
             weight *= tl.load(scales + row, mask=in_bag, other=0.0)
