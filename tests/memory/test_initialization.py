@@ -34,6 +34,16 @@ def test_a_table_of_several_chunks_is_the_same_however_it_is_split(monkeypatch):
     assert torch.equal(torch.cat([table_slice(0, 24), table_slice(24, 24)], dim=1), whole)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 49])
+def test_a_table_in_row_chunks_has_the_same_values(rows: int, monkeypatch):
+    """Chunks end within and at the blocks of seven rows that are drawn at once."""
+    monkeypatch.setattr(initialization, "_MAX_BLOCK_ELEMENTS", 32 * 7)
+    whole = table_slice(5, 48)
+    chunks = [torch.full_like(part, float("nan")) for part in whole.split(rows)]
+    init_table_columns_(chunks, std=1.0, first_column=5, seed=1234, table_number=0)
+    assert torch.equal(torch.cat(chunks), whole)
+
+
 def test_values_are_normal_with_the_given_deviation():
     weight = torch.empty(4000, 40)
     init_table_columns_([weight], std=0.25, first_column=0, seed=1, table_number=0)

@@ -1,13 +1,36 @@
-"""The value table's gradient: where it goes, when it is reported, and what else may be frozen."""
+"""The value table's chunks and gradient: where it goes, when it is reported, what may be frozen."""
 
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_memory.config import RecomputeConfig
+from megatron_memory.memory import table as table_module
+from megatron_memory.memory.table import ValueTable
 from tests.tiny import tiny_batch, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+
+CHUNKINGS = {"one chunk": 2**28, "chunks": 10 * 32 + 31}
+"""Elements of a chunk: the tiny table has 64 rows of 32 columns."""
+
+
+@pytest.fixture(params=CHUNKINGS, autouse=True)
+def chunking(request, monkeypatch) -> str:
+    """Every test runs with whole tables, and with tables in chunks."""
+    monkeypatch.setattr(table_module, "MAX_CHUNK_ELEMENTS", CHUNKINGS[request.param])
+    return request.param
+
+
+def whole(table: ValueTable) -> torch.Tensor:
+    """[S, D], a copy."""
+    return torch.cat([chunk.detach() for chunk in table.chunks])
+
+
+def main_grad(table: ValueTable) -> torch.Tensor:
+    """[S, D], a copy."""
+    return torch.cat([chunk.main_grad for chunk in table.chunks])
+
 
 RECOMPUTES = {
     "none": RecomputeConfig(),
@@ -34,7 +57,7 @@ def backward(model, *seeds: int) -> None:
 
 
 def value_gradients(model) -> list[torch.Tensor]:
-    return [table.weight.main_grad.clone() for table in model.memory.tables()]
+    return [main_grad(table) for table in model.memory.tables()]
 
 
 def record_reports(model) -> list[list[torch.Tensor]]:
@@ -42,9 +65,7 @@ def record_reports(model) -> list[list[torch.Tensor]]:
     reports = []
     for table in model.memory.tables():
         seen: list[torch.Tensor] = []
-        table.on_gradient_ready = lambda table=table, seen=seen: seen.append(
-            table.weight.main_grad.clone()
-        )
+        table.on_gradient_ready = lambda table=table, seen=seen: seen.append(main_grad(table))
         reports.append(seen)
     return reports
 
@@ -76,7 +97,7 @@ def test_main_grad_is_the_gradient_of_autograd(variant: str):
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.main_grad, theirs.grad, rtol=1e-5, atol=1e-6)
         assert theirs.grad.any()
-    assert all(table.weight.grad is None for table in model.memory.tables())
+    assert all(chunk.grad is None for table in model.memory.tables() for chunk in table.chunks)
 
 
 def test_evaluation_between_microbatches_is_not_counted():
@@ -96,13 +117,14 @@ def test_frozen_table(variant: str):
     config = tiny_config(variant)
     model, learning = tiny_model(config), tiny_model(config)
     for table in model.memory.tables():
-        table.weight.requires_grad_(False)
+        table.requires_grad_(False)
     reports = record_reports(model)
     backward(wrap(model))
     backward(wrap(learning))
     for table, seen in zip(model.memory.tables(), reports, strict=True):
-        assert not hasattr(table.weight, "main_grad")
-        assert table.weight.grad is None
+        for chunk in table.chunks:
+            assert not hasattr(chunk, "main_grad")
+            assert chunk.grad is None
         assert not seen
     others = dict(learning.named_parameters())
     for name, parameter in model.named_parameters():
@@ -121,7 +143,7 @@ def test_everything_frozen_but_the_tables(variant: str, wrapped: bool):
     backward(wrap(model) if wrapped else model)
     backward(wrap(learning))
     for table, gradient in zip(model.memory.tables(), value_gradients(learning), strict=True):
-        ours = table.weight.main_grad if wrapped else table.weight.grad
+        ours = main_grad(table) if wrapped else torch.cat([c.grad for c in table.chunks])
         torch.testing.assert_close(ours, gradient, rtol=1e-6, atol=1e-7)
 
 
@@ -131,17 +153,19 @@ def test_rows_that_nobody_read_keep_their_gradient():
     ddp = wrap(model)
     backward(ddp)
     (table,) = model.memory.tables()
-    read = table.weight.main_grad.any(dim=1)
+    read = main_grad(table).any(dim=1)
     assert 0 < read.sum() < len(read)
-    table.weight.main_grad[~read] = float("nan")
+    for chunk, rows in zip(table.chunks, read.split(len(table.chunks[0])), strict=True):
+        chunk.main_grad[~rows] = float("nan")
     backward(ddp)
-    assert table.weight.main_grad[~read].isnan().all()
-    assert not table.weight.main_grad[read].isnan().any()
+    assert main_grad(table)[~read].isnan().all()
+    assert not main_grad(table)[read].isnan().any()
 
 
 @pytest.mark.parametrize("scope, copies", [("model", 1), ("layer", 2)])
-def test_a_table_is_a_parameter_of_the_model_once(scope: str, copies: int):
+def test_a_table_is_of_the_model_once(scope: str, copies: int, chunking: str):
     model = tiny_model(tiny_config("memory+", memory={"share_scope": scope}))
+    copies *= 7 if chunking == "chunks" else 1
     tables = [
         name for name, _ in model.named_parameters(remove_duplicate=False) if "values" in name
     ]
@@ -152,7 +176,50 @@ def test_a_table_is_a_parameter_of_the_model_once(scope: str, copies: int):
 
 def test_marks_that_megatron_reads():
     (table,) = tiny_model(tiny_config("memory+")).memory.tables()
-    assert table.weight.allreduce is False
-    assert table.weight.is_memory_value
-    assert table.weight.tensor_model_parallel
-    assert table.weight.partition_dim == 1
+    for chunk in table.chunks:
+        assert chunk.allreduce is False
+        assert chunk.is_memory_value
+        assert chunk.tensor_model_parallel
+        assert chunk.partition_dim == 1
+
+
+def test_chunks_are_even(chunking: str):
+    (table,) = tiny_model(tiny_config("memory+")).memory.tables()
+    rows = [len(chunk) for chunk in table.chunks]
+    names = [name for name, _ in table.named_parameters()]
+    if chunking == "one chunk":
+        assert (rows, names) == ([64], ["weight"])
+    else:  # of at most ten rows
+        assert rows == [10, 10, 10, 10, 10, 10, 4]
+        assert names == [f"weight_{i}" for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    "num_rows, columns, num_chunks",
+    [(2**20, 2048, 8), (2**20, 256, 1), (2**20, 257, 2), (2**24, 4096, 256), (1009**2, 1000, 4)],
+)
+def test_large_tables_stay_below_the_limit(num_rows, columns, num_chunks, monkeypatch):
+    monkeypatch.undo()
+    *rows, last = table_module._chunk_rows(num_rows, columns)
+    assert (len(rows) + 1, sum(rows) + last) == (num_chunks, num_rows)
+    assert max([*rows, last]) * columns <= 2**28
+    assert len(set(rows)) <= 1 and last <= max([*rows, last])
+    # As even as can be: no chunk is short by more than one row for each of the others.
+    assert all(size - last < num_chunks for size in rows)
+
+
+@pytest.mark.parametrize("variant", ["memory+", "peer"])
+def test_chunks_change_neither_initial_values_nor_results(variant: str, monkeypatch):
+    """The same numbers in the same order: equal to the bit."""
+    config = tiny_config(variant)
+    runs = []
+    for elements in CHUNKINGS.values():
+        monkeypatch.setattr(table_module, "MAX_CHUNK_ELEMENTS", elements)
+        model = tiny_model(config)
+        losses = wrap(model)(**tiny_batch())
+        losses.sum().backward()
+        tables = model.memory.tables()
+        runs.append([losses, *map(whole, tables), *map(main_grad, tables)])
+    for one, many in zip(*runs, strict=True):
+        assert torch.equal(one, many)
+        assert one.any()

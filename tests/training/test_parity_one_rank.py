@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_memory.config import Config, PrecisionConfig, RecomputeConfig
+from megatron_memory.memory import table
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training.setup import build_training_setup, unwrap
@@ -101,6 +102,12 @@ def train(config: Config) -> dict:
     return seen
 
 
+def train_chunked(config: Config) -> dict:
+    """`train` with the value tables in chunks of 20 rows of 32 columns: 20, 20, 20 and 4 rows."""
+    table.MAX_CHUNK_ELEMENTS = 20 * 32
+    return train(config)
+
+
 def _complete_gradients(ddp) -> None:
     """The distributed optimizer leaves each rank its shard of the sums; bring the others here."""
     if not ddp.ddp_config.use_distributed_optimizer:
@@ -167,6 +174,14 @@ def test_layout_equals_one_rank(variant: str, layout: str):
 def test_overlapped_reduction_equals_one_rank(layout: str):
     world_size, parallel = OVERLAPS[layout]
     ranks = run_ranks(train, world_size, tiny_config("memory+", parallel))
+    assert_equal_runs(ranks, one_rank("memory+", tiny_config("memory+")))
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2-distopt", *OVERLAPS])
+def test_tables_in_chunks_equal_one_rank_with_one_chunk(layout: str):
+    """Every chunk's gradient is accumulated, reported, reduced and applied."""
+    world_size, parallel = (LAYOUTS | OVERLAPS)[layout]
+    ranks = run_ranks(train_chunked, world_size, tiny_config("memory+", parallel))
     assert_equal_runs(ranks, one_rank("memory+", tiny_config("memory+")))
 
 
