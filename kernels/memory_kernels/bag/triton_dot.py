@@ -15,7 +15,7 @@ from memory_kernels.bag.triton_forward import columns_of_a_warp
 from memory_kernels.launch import Launch, ceil_div, next_power_of_2
 from memory_kernels.triton_rows import row_address, table_arguments
 
-_ROWS_IN_FLIGHT = 8
+_ROWS_IN_FLIGHT = 4  # each with a block of products in registers
 _READS_A_PROGRAM = 32
 _SUMS_A_PROGRAM = 512
 

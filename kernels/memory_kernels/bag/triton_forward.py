@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memory_kernels.launch import Launch, ceil_div, next_power_of_2
+from memory_kernels.shadow_triton import e4m3_bytes, e4m3_to_float
 from memory_kernels.triton_rows import row_address, table_arguments
 
 _ROWS_IN_FLIGHT = 8
@@ -56,6 +57,8 @@ def bag_sum_kernel(
             mask=in_bag[:, None] & in_row[None, :],
             other=0.0,
         )
+        if scales is not None:
+            values = e4m3_to_float(values)
         total += tl.sum(values.to(tl.float32) * weight[:, None], 0)
     out = token * num_columns + columns
     if gate is not None:
@@ -97,7 +100,7 @@ def plan_bag_sum(
             BAG=bag_size,
             BLOCK=block,
             ROWS=min(_ROWS_IN_FLIGHT, next_power_of_2(bag_size)),
-            **table_arguments(table),
+            **table_arguments(e4m3_bytes(table)),
         ),
         num_warps=1,
     )
