@@ -54,14 +54,19 @@ lint: $(READY) ## ruff (rules and format), mypy, codespell
 	$(PYTHON) -m mypy
 	$(PYTHON) -m codespell_lib
 
-bench: $(READY) ## the training step with memory against the dense model of the same shape
-	$(PYTHON) tools/benchmark.py train-step $(ARGS)
+bench: $(READY) ## the kernels' CPU paths against torch's, then the training step against the dense model's
+	$(PYTHON) kernels/benchmarks/run.py bag retrieval --device cpu $(ARGS)
+	$(PYTHON) tools/benchmark.py train-step
 
-gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing
+gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing. REFERENCE= RESULTS= COMMIT=
 	@$(PYTHON_AT_HAND) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { \
 	    echo "make gpu: $(PYTHON_AT_HAND) has no torch that sees a GPU; python tools/doctor.py says why" >&2; exit 1; }
-	TEST_DEVICE=cuda $(PYTHON_AT_HAND) -m pytest tests/gpu $(ARGS)
-	$(PYTHON_AT_HAND) tools/benchmark.py train-step
+	@status=0; run() { echo "$$*"; env "$$@" || status=1; }; \
+	run TEST_DEVICE=cuda $(PYTHON_AT_HAND) -m pytest tests/gpu tests/kernels/triton $(ARGS); \
+	run $(PYTHON_AT_HAND) kernels/benchmarks/run.py all $(if $(REFERENCE),--reference "$(REFERENCE)") \
+	    $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)"); \
+	run $(PYTHON_AT_HAND) tools/benchmark.py train-step --rounds 2; \
+	if [ $$status != 0 ]; then echo "make gpu: a test or a benchmark failed, see above" >&2; exit 1; fi
 
 doctor: ## say what is installed, what is missing, and what will be used
 	@$(PYTHON_AT_HAND) tools/doctor.py

@@ -60,6 +60,17 @@ def test_gpu_refuses_without_a_gpu(tmp_path):
     assert "no torch that sees a GPU" in done.stderr and "pytest" not in done.stdout
 
 
+def test_gpu_measures_in_spite_of_a_failed_test_and_fails_in_the_end(tmp_path):
+    python = fake_python(tmp_path, 'echo "ran $*"; case "$*" in *pytest*) exit 1;; esac')
+    done = make("gpu", f"PYTHON={python}", "REFERENCE=there")
+    ran = re.findall(r"^ran (?:-m )?(\S+)", done.stdout, re.MULTILINE)
+    assert ran[1:] == ["pytest", "kernels/benchmarks/run.py", "tools/benchmark.py"]
+    assert "run.py all --reference there" in done.stdout
+    assert done.returncode != 0 and "a test or a benchmark failed" in done.stderr
+    python.write_text(python.read_text().replace("exit 1", "exit 0"))
+    assert make("gpu", f"PYTHON={python}").returncode == 0
+
+
 def test_setup_says_when_no_python_fits(tmp_path):
     done = make("setup", f"VENV={tmp_path}/new", f"BASE_PYTHONS={fake_python(tmp_path, 'exit 1')}")
     assert done.returncode != 0 and not (tmp_path / "new").exists()

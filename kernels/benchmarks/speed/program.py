@@ -36,15 +36,17 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     if args.records:
         return _worker(args)
     facts = environment(args.commit)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     if args.quick:
-        print("--quick: tiny sizes, to see that everything runs; the figures mean nothing")
+        print(
+            "--quick: tiny sizes, to see that everything runs; the figures mean nothing", flush=True
+        )
     rows: list[Row] = []
     limits: dict[str, str] = {}
     for name in args.benchmarks:
         measured, limits[name] = _in_process(args, name)
         rows += measured
-    print("\n".join(summary(rows)))
+    print("\n" + "\n".join(summary(rows)))
     if args.results:
         text = markdown(rows, limits, facts, _command(args))
         part = "" if len(args.benchmarks) == len(MODULES) else "-".join(args.benchmarks)
@@ -76,6 +78,10 @@ def _parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
         help="where to write <date>-<gpu>.md; default: results/ beside this file, for a GPU's "
         "runs that are not quick",
     )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), metavar="N",
+        help="of the CPU (default: torch's own choice); 1 where other programs run",
+    )  # fmt: skip
     parser.add_argument("--commit", metavar="ID", help="what is measured, where git cannot say")
     parser.add_argument(
         "--time-limit", type=float, default=150, metavar="SECONDS",
@@ -84,6 +90,7 @@ def _parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     _check(parser, args, on_gpu)
+    torch.set_num_threads(args.threads)
     return args
 
 
@@ -93,6 +100,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, on_gpu: bo
         parser.error("--device cuda: torch sees no GPU")
     if args.results and (args.device != "cuda" or args.quick):
         parser.error("--results: only a GPU's run that is not --quick has results to keep")
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads}: at least 1 is wanted")
     if any(rows < 2 or rows & (rows - 1) for rows in args.rows) or len(args.rows) > 2:
         parser.error(f"--rows {args.rows}: one or two powers of two wanted")
     if args.reference and not args.reference.is_dir():
@@ -109,6 +118,7 @@ def _command(args: argparse.Namespace) -> str:
     words = ["python kernels/benchmarks/run.py", *(["all"] if every else args.benchmarks)]
     words += ["--device", args.device]
     words += ["--rows", *map(str, args.rows)] if args.rows else []
+    words += ["--threads", str(args.threads)] if args.device == "cpu" else []
     words += ["--reference DIR"] if args.reference else []
     return " ".join(words)
 
@@ -123,7 +133,7 @@ def _in_process(args: argparse.Namespace, name: str) -> tuple[list[Row], str]:
         records = Path(folder) / "records"
         records.touch()
         command = [sys.executable, str(SCRIPT), name, "--device", args.device]
-        command += ["--records", str(records)]
+        command += ["--records", str(records), "--threads", str(args.threads)]
         command += ["--quick"] if args.quick else []
         command += ["--rows", *map(str, args.rows)] if args.rows else []
         command += ["--reference", str(args.reference)] if args.reference else []
