@@ -3,9 +3,10 @@
 Half the bytes of bf16 in the gather, which memory bandwidth bounds. The table itself stays the
 master: optimizers update it and write the rows that they change to the shadow.
 
-The scale of a row is its largest magnitude / 448, so that e4m3's range is used in full. Magnitudes
-below 1e-30 count as that much, so that no scale or inverse leaves the range of fp32. NaN stays NaN
-and leaves the rest of its row alone; an infinity makes its row NaN.
+The scale of a row is the least power of two (from 2^-126 on) with which its largest magnitude fits
+e4m3's 448. Dividing by a power of two is exact, so that values are rounded once and alike on every
+device; a floating point format loses nothing by it. NaN and infinities become NaN and leave the
+rest of their row alone.
 """
 
 import dataclasses
@@ -17,9 +18,6 @@ from torch import Tensor
 from memory_kernels.choice import uses_triton
 from memory_kernels.chunks import as_chunks, describe, num_rows
 
-E4M3_MAX = 448.0
-_LEAST_MAGNITUDE = 1e-30
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8Shadow:
@@ -28,7 +26,8 @@ class Fp8Shadow:
     values: list[Tensor]
     """Chunks of [S, D], torch.float8_e4m3fn, cut as the table is."""
     scales: Tensor
-    """[S] fp32: the row's largest magnitude / 448; 1 for a row of zeros."""
+    """[S] fp32: the least power of two that the row's largest magnitude is 448 times of or less; 1
+    for a row of zeros."""
 
     @classmethod
     def of(cls, table: Tensor | Sequence[Tensor]) -> "Fp8Shadow":
@@ -101,15 +100,14 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     values = rows.float()
-    magnitudes = torch.where(values.isnan(), 0.0, values.abs())
+    magnitudes = torch.where(values.isfinite(), values.abs(), 0.0)
     largest = magnitudes.amax(-1) if rows.shape[1] else values.new_zeros(len(rows))
-    bounded = largest.clamp(min=_LEAST_MAGNITUDE)
-    # Divisions of tensors, since torch has others for numbers, which round twice. And one
-    # multiplication an element, rounded alike on every device.
-    limit = torch.full_like(bounded, E4M3_MAX)
-    scaled = values * (limit / bounded)[:, None]
-    scales = torch.where(largest > 0, bounded / limit, 1.0)
-    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
+    # The biased exponent of `largest`, one more if its fraction exceeds that of 448 = 1.75 * 2^8.
+    exponent = ((largest.view(torch.int32) + 0x1FFFFF) >> 23).clamp(min=9)
+    inverse = ((262 - exponent) << 23).view(torch.float32)
+    scales = torch.where(largest > 0, ((exponent - 8) << 23).view(torch.float32), 1.0)
+    scaled = torch.where(values.isfinite(), values * inverse[:, None], torch.nan)
+    return scaled.to(torch.float8_e4m3fn), scales
 
 
 def dequantize_rows(values: Tensor, scales: Tensor) -> Tensor:

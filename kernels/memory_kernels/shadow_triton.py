@@ -4,6 +4,9 @@ Kernels take e4m3 values as bytes (uint8): GPUs before compute capability 8.9 kn
 Both conversions give the bits of torch's, of any float.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +15,12 @@ from memory_kernels.launch import Launch, ceil_div, next_power_of_2
 from memory_kernels.triton_rows import row_address, table_arguments
 
 _ELEMENTS_A_PROGRAM = 2048
+
+
+def e4m3_bytes(chunks: Sequence[Tensor]) -> list[Tensor]:
+    """The chunks as kernels take them: those of fp8 as bytes, for `e4m3_to_float`."""
+    fp8 = torch.float8_e4m3fn
+    return [chunk.view(torch.uint8) if chunk.dtype == fp8 else chunk for chunk in chunks]
 
 
 def _converts_e4m3(_semantic=None) -> bool:
@@ -43,7 +52,8 @@ def e4m3_to_float_by_bits(bits):
 
 @triton.jit
 def float_to_e4m3(values):
-    """e4m3 bytes (uint8) of fp32 values, to the nearest, ties to even, 448 at most; NaN: 0x7F."""
+    """e4m3 bytes (uint8) of fp32 values, to the nearest, ties to even; finite values are 448 at
+    most, infinities NaN."""
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # Normal numbers: round off 20 bits of the fraction, then change the exponent's bias.
@@ -52,23 +62,25 @@ def float_to_e4m3(values):
     shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
     subnormal = shifted.to(tl.int32, bitcast=True) - 0x46800000
     code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7E)
-    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    code |= (bits >> 24) & 0x80
+    return tl.where(magnitude >= 0x7F800000, 0x7F, code).to(tl.uint8)
 
 
 @triton.jit
 def row_scale(largest):
     """Scale and its inverse for rows whose largest magnitude is given; see shadow.py."""
-    bounded = tl.maximum(largest, 1e-30)
-    inverse = tl.div_rn(448.0, bounded)
-    scale = tl.where(largest > 0, tl.div_rn(bounded, 448.0), 1.0)
-    return scale, inverse
+    exponent = (largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23
+    exponent = tl.maximum(exponent, 9)
+    scale = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+    inverse = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(largest > 0, scale, 1.0), inverse
 
 
 @triton.jit
-def finite_or_inf_magnitude(values):
-    """Magnitudes that a row's scale is chosen from: those of all but NaN."""
-    return tl.where(values == values, tl.abs(values), 0.0)
+def finite_magnitude(values):
+    """Magnitudes that a row's scale is chosen from."""
+    magnitude = tl.abs(values)
+    return tl.where(magnitude < float("inf"), magnitude, 0.0)
 
 
 @triton.jit
@@ -107,17 +119,18 @@ def quantize_rows_kernel(
     )
     write = row_address(values, row, value_stride, chunk_rows, CHUNKED, VALUE_ALIGNED, tl.uint8)
     largest = tl.zeros([ROWS], tl.float32)
+    x = tl.zeros([ROWS, BLOCK], tl.float32)
     for block in range(NUM_BLOCKS):
         columns = block * BLOCK + tl.arange(0, BLOCK)
         mask = held[:, None] & (columns < num_columns)[None, :]
         x = tl.load(read[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(finite_or_inf_magnitude(x), 1))
+        largest = tl.maximum(largest, tl.max(finite_magnitude(x), 1))
     scale, inverse = row_scale(largest)
     tl.store(scales + row, scale, mask=held)
     for block in range(NUM_BLOCKS):
         columns = block * BLOCK + tl.arange(0, BLOCK)
         mask = held[:, None] & (columns < num_columns)[None, :]
-        if NUM_BLOCKS > 1:
+        if NUM_BLOCKS > 1:  # else it is still in registers
             x = tl.load(read[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         code = float_to_e4m3(x * inverse[:, None])
         tl.store(write[:, None] + columns[None, :], code, mask=mask)

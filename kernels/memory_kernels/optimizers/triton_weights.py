@@ -16,7 +16,7 @@ from torch import Tensor
 from memory_kernels.chunks import kernel_table
 from memory_kernels.launch import Launch, ceil_div, next_power_of_2
 from memory_kernels.shadow_triton import (
-    finite_or_inf_magnitude,
+    finite_magnitude,
     float_to_e4m3,
     plan_quantize_rows,
     row_scale,
@@ -190,7 +190,7 @@ def store_shadow(
     ALIGNED: tl.constexpr,
 ):
     """Write a whole row to the fp8 shadow."""
-    largest = tl.max(tl.where(mask, finite_or_inf_magnitude(stored), 0.0), 0)
+    largest = tl.max(tl.where(mask, finite_magnitude(stored), 0.0), 0)
     scale, inverse = row_scale(largest)
     address = row_address(codes, row, num_columns, chunk_rows, CHUNKED, ALIGNED, tl.uint8)
     tl.store(address + columns, float_to_e4m3(stored * inverse), mask=mask)
