@@ -44,6 +44,7 @@ def test_prompts_continuations_and_speed(run, folder):
     exit_code, out, err = run("--prompt", "A dog is", "Water", "--greedy", "--max-new-tokens", "6")
     assert exit_code == 0, err
     assert f"loaded {folder}/iter_0000010\n" in out
+    assert "memory kernels: torch's operators on the CPU (--memory-kernels auto)\n" in out
     assert "\nprompt> A dog is\nA dog is" in out
     assert "\nprompt> Water\nWater" in out
     assert " tokens/s\n" in out
@@ -67,9 +68,13 @@ def test_a_seed_and_an_iteration_reproduce_the_output(run):
         (["--prompt", "a", "--hidden-size", "6"], "--hidden-size is not a flag"),
         (["--prompt", "a", "--tokenizer-model", "nowhere/at/all"], "--tokenizer-model nowhere"),
         (["--prompt", "a", "--tensor-model-parallel-size", "2"], "the run has 1 processes"),
+        (["--prompt", "a", "--memory-kernels", "cuda"], "--memory-kernels is 'cuda'"),
+        (["--prompt", "a", "--memory-kernels", "triton"], "--memory-kernels triton: "),
+        (["--prompt", "a", "--memory-fp8-values"], "this run computes in fp32"),
     ],
 )
-def test_errors_end_with_a_message_and_code_2(run, words, message):
+def test_errors_end_with_a_message_and_code_2(run, words, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     exit_code, _, err = run(*words)
     assert exit_code == 2
     assert message in err

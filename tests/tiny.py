@@ -17,6 +17,7 @@ from megatron_memory.runtime.distributed import (
     seed_everything,
     shutdown_distributed,
 )
+from tests.devices import TEST_DEVICE
 
 VOCAB, SEQUENCE = 64, 16
 
@@ -53,7 +54,7 @@ def tiny_model(config: Config, seed: int = 1234):
     from megatron_memory.model.gpt import build_model
 
     seed_everything(seed)
-    return build_model(config, select_backend("cpu"), padded_vocab_size=VOCAB)
+    return build_model(config, select_backend(TEST_DEVICE), padded_vocab_size=VOCAB)
 
 
 def tiny_batch(seed: int = 5, num_sequences: int = 2) -> dict[str, torch.Tensor]:
@@ -71,6 +72,6 @@ def tiny_batch(seed: int = 5, num_sequences: int = 2) -> dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def one_rank():
     """Megatron's groups of one process, for tests that build models in this one."""
-    initialize_distributed(tiny_config(None), select_backend("cpu"))
+    initialize_distributed(tiny_config(None), select_backend(TEST_DEVICE))
     yield
     shutdown_distributed()

@@ -40,6 +40,10 @@ from tests.config.test_checks import assert_one_problem, problem
             ("--memory-parallel-size 2", "not built yet", "Use 1"),
         ),
         (
+            "--memory-layers 1 --memory-fp8-values",
+            ("--memory-fp8-values", "fp32", "add --bf16"),
+        ),
+        (
             "--memory-layers 1 --memory-value-min-lr 1",
             ("--memory-value-min-lr 1.0", "--memory-value-lr 0.001", "lower it"),
         ),
@@ -66,6 +70,13 @@ def test_columns_that_cannot_be_split(value_dim, ranks, mend):
             f"Choose for example {mend}.",
         ),
     )
+
+
+@pytest.mark.parametrize("kernels", ["auto", "triton", "torch"])
+def test_kernels_are_chosen_by_the_machine_that_runs_it(kernels: str):
+    config = parse(f"--memory-layers 1 --memory-kernels {kernels} --memory-fp8-values --bf16")
+    check_config(config, 1)
+    assert config.memory.kernels == kernels and config.memory.fp8_values
 
 
 def test_settings_of_a_memory_that_is_turned_off_do_not_matter():

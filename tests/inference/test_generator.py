@@ -22,9 +22,11 @@ from tests.inference.saved_models import (
     VARIANTS,
     VOCAB,
     greedy_without_cache,
+    load,
     logits_without_cache,
     observe,
     save_and_observe,
+    save_model,
     tiny_config,
     tokens_of,
 )
@@ -132,6 +134,24 @@ def test_bf16_chooses_a_likeliest_token_within_rounding(tmp_path):
     config = tiny_config(tmp_path, precision={"bf16": True})
     ((_, ((gaps, dtypes),)),) = run_ranks(save_and_observe, 1, config, [_gaps])
     assert dtypes == {torch.bfloat16}
+    assert gaps.numel() > 2 * NUM_TOKENS
+    assert gaps.max() < 0.125
+    assert (gaps == 0).float().mean() > 0.9
+
+
+def _save_and_read_in_fp8(config, folder):
+    """Gaps as above; whether each table was read in fp8."""
+    save_model(config)
+    generator = load(folder, memory_fp8_values=True)
+    gaps, _ = _gaps(generator)
+    return gaps, [table.shadow is not None for table in generator.model.module.memory.tables()]
+
+
+def test_values_in_fp8_choose_a_likeliest_token_within_rounding(tmp_path):
+    """With the cache as without it: both read the same fp8 values."""
+    config = tiny_config(tmp_path, precision={"bf16": True})
+    ((gaps, read_in_fp8),) = run_ranks(_save_and_read_in_fp8, 1, config, tmp_path)
+    assert read_in_fp8 == [True]
     assert gaps.numel() > 2 * NUM_TOKENS
     assert gaps.max() < 0.125
     assert (gaps == 0).float().mean() > 0.9

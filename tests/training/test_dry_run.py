@@ -65,6 +65,23 @@ def test_any_number_of_ranks(capsys: pytest.CaptureFixture, monkeypatch: pytest.
     )
 
 
+def test_values_in_fp8_are_counted(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def total(lines: list[str]) -> float:
+        line = next(line for line in lines if line.startswith("Memory on each rank"))
+        return float(line.split()[4].replace(",", ""))
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    flags = [*PAPER, "--memory-layers", "4,12,20", "--tensor-model-parallel-size", "8"]
+    plain = _lines(flags, capsys)
+    fp8 = _lines([*flags, "--memory-fp8-values", "--memory-kernels", "triton"], capsys)
+    # 2^20 rows of 256 bytes and a scale of four.
+    assert "  values in fp8, with a scale a row: 260.00 MiB" in fp8
+    assert total(fp8) - total(plain) == pytest.approx(260 / 1024, abs=0.011)
+    assert "  kernels: Triton; values are read in fp8" in fp8
+    auto = "  kernels: Triton on GPUs that run it, else torch; values are read as they are stored"
+    assert auto in plain
+
+
 def test_model_without_memory(capsys: pytest.CaptureFixture):
     lines = _lines(PAPER, capsys)
     assert not any("values:" in line or "memory layers" in line for line in lines)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_memory.train import main
 from megatron_memory.training.checkpoint import folders
@@ -92,6 +93,15 @@ def test_absent_gpu_and_columns_over_ranks(
     assert "--memory-value-dim 30" in message and "--tensor-model-parallel-size 4" in message
 
 
+def test_triton_on_the_cpu_is_refused_before_anything_starts(dataset: str, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(_flags(dataset, memory_kernels="triton")) == 2
+    message = capsys.readouterr().err
+    assert "ConfigurationError: --memory-kernels triton: " in message
+    assert "Use auto or torch." in message
+    assert not torch.distributed.is_initialized()
+
+
 def test_other_ranks_wait_for_the_first_to_speak(dataset: str, capsys, monkeypatch):
     waited = []
     monkeypatch.setattr("megatron_memory.entry.time.sleep", waited.append)
@@ -127,6 +137,7 @@ def test_torchrun_saves_and_goes_on(dataset: str, tmp_path: Path):
     whole = _start(flags, ranks=2)
     output, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
+    assert output.count("memory kernels: torch's operators on the CPU (--memory-kernels auto)") == 1
     again = _start([*flags, "--load", str(tmp_path / "save" / "iter_0000002")], ranks=2)
     resumed, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
