@@ -56,7 +56,7 @@ lint: $(READY) ## ruff (rules and format), mypy, codespell
 
 bench: $(READY) ## the kernels' CPU paths against torch's, then the training step against the dense model's
 	$(PYTHON) kernels/benchmarks/run.py bag retrieval --device cpu $(ARGS)
-	$(PYTHON) tools/benchmark.py train-step
+	$(PYTHON) tools/benchmark.py train-step --rounds 2
 
 gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing. REFERENCE= RESULTS= COMMIT=
 	@$(PYTHON_AT_HAND) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { \

@@ -50,11 +50,28 @@ SHAPES = {
         Shape(name="373m", tokens=6, hidden=16, ffn_hidden=24, half_keys=8, heads=2, k=4),
     ),
 }
-GOALS = {
-    ("8b", "main_grad"): Goal(least=1.0),
-    ("1.3b", "main_grad"): Goal(least=1.5, aim=1.0),
-    ("373m", "main_grad, fp8 shadow"): Goal(aim=1.0),
-}
+GOALS = {"8b": Goal(least=1.0), "1.3b": Goal(least=1.5, aim=1.0)}
+FP8_GOALS = {"373m": Goal(aim=1.0)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """How the table is read and where its gradient goes."""
+
+    form: str
+    gradient: torch.dtype = torch.float32
+    fp8: bool = False
+
+    def __str__(self) -> str:
+        shadow = ", fp8 shadow" if self.fp8 else ""
+        return f"{self.form} {'fp32' if self.gradient.itemsize == 4 else 'bf16'}{shadow}"
+
+
+WAYS = (Way(form="main_grad"), Way(form="rows"), Way(form="rows", gradient=torch.bfloat16))
+FP8_WAYS = (
+    Way(form="main_grad", fp8=True),
+    Way(form="rows", gradient=torch.bfloat16, fp8=True),
+)
 
 
 class MemoryPlus(nn.Module):
@@ -76,22 +93,23 @@ class MemoryPlus(nn.Module):
         return self.output(y)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """What torch.compile may fuse, as training frameworks do."""
+def swiglu(x: Tensor) -> Tensor:
+    """[T, 2 F] to [T, F]; torch.compile makes one kernel of it, as training frameworks do."""
+    gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
     """W3 (silu(W1 x) * W2 x), without biases; W1 and W2 in one product."""
 
-    def __init__(self, shape: Shape, activation: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, shape: Shape, activation: Callable[[Tensor], Tensor]):
         super().__init__()
         self.up = nn.Linear(shape.hidden, 2 * shape.ffn_hidden, bias=False)
         self.down = nn.Linear(shape.ffn_hidden, shape.hidden, bias=False)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(*self.up(x).chunk(2, dim=-1)))
+        return self.down(self.activation(self.up(x)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,26 +131,25 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield Case(what="memory+ layer", case=name, measure=measure)
 
 
-def _contender(module: nn.Module, **options) -> Contender:
+def _ffn(module: nn.Module) -> Contender:
     def run(watch: Stopwatch, inputs: Inputs) -> None:
-        module.zero_grad(set_to_none=True)
         x = inputs.x.detach().requires_grad_()
         with watch:
-            module(x, **options).backward(inputs.grad)
+            module(x).backward(inputs.grad)
         module.zero_grad(set_to_none=True)
 
     return run
 
 
-def _rows_contender(layer: MemoryPlus, table: Tensor) -> Contender:
-    reads = layer.shape.tokens * layer.shape.heads * layer.shape.k
-
+def _memory(layer: MemoryPlus, way: Way, table: Tensor, main_grad: Tensor, shadow) -> Contender:
     def run(watch: Stopwatch, inputs: Inputs) -> None:
-        layer.zero_grad(set_to_none=True)
         x = inputs.x.detach().requires_grad_()
         with watch:
-            rows = RowGradients.empty(table, reads)
-            layer(x, table=table, row_gradients=rows).backward(inputs.grad)
+            options = dict(main_grad=main_grad)
+            if way.form == "rows":
+                reads = len(x) * layer.shape.heads * layer.shape.k
+                options = dict(row_gradients=RowGradients.empty(table, reads, way.gradient))
+            layer(x, table, shadow=shadow, **options).backward(inputs.grad)
         layer.zero_grad(set_to_none=True)
 
     return run
@@ -146,59 +163,58 @@ def _draw(shape: Shape, setting: Setting) -> Inputs:
     return Inputs(x=x, grad=grad)
 
 
-def _contenders(setting: Setting, shape: Shape) -> dict[str, Contender]:
-    options = dict(dtype=setting.dtype, device=setting.device)
-    layer = MemoryPlus(shape).to(**options)
-    table = random_table(shape.half_keys**2, shape.hidden, **options)
-    main_grad = torch.zeros_like(table, dtype=torch.float32)
-    contenders = {
-        "main_grad": _contender(layer, table=table, main_grad=main_grad),
-        "rows": _rows_contender(layer, table),
-        "FFN": _contender(SwiGLU(shape, swiglu).to(**options)),
-    }
-    if shape.name == "373m":
-        shadow = Fp8Shadow.of(table)
-        contenders["main_grad, fp8 shadow"] = _contender(
-            layer, table=table, main_grad=main_grad, shadow=shadow
-        )
-    if setting.device.type == "cuda":
-        fused = torch.compile(swiglu, dynamic=True)
-        contenders["FFN, fused SwiGLU"] = _contender(SwiGLU(shape, fused).to(**options))
-    return contenders
-
-
 def _layer(setting: Setting, shape: Shape, name: str) -> Iterator[Row]:
     """Each way of the memory against the FFN; on a GPU against the one whose activation is fused,
     the stronger one, with the plain one beside."""
     empty_cache(setting)
-    samples = setting.compare(_contenders(setting, shape), partial(_draw, shape, setting))
-    ffns = [way for way in samples if way.startswith("FFN")]
-    for way in samples:
-        if way in ffns:
-            continue
+    options = dict(dtype=setting.dtype, device=setting.device)
+    layer = MemoryPlus(shape).to(**options)
+    table = random_table(shape.half_keys**2, shape.hidden, **options)
+    main_grad = torch.zeros_like(table, dtype=torch.float32)
+    ways = WAYS + (FP8_WAYS if shape.name in FP8_GOALS else ())
+    shadow = Fp8Shadow.of(table) if shape.name in FP8_GOALS else None
+    contenders = {
+        str(way): _memory(layer, way, table, main_grad, shadow if way.fp8 else None) for way in ways
+    }
+    ffns = {"FFN": _ffn(SwiGLU(shape, swiglu).to(**options))}
+    if setting.device.type == "cuda":
+        fused = torch.compile(swiglu, dynamic=True)
+        ffns["FFN, fused SwiGLU"] = _ffn(SwiGLU(shape, fused).to(**options))
+    draw = partial(_draw, shape, setting)
+    samples = setting.compare(contenders | ffns, draw)
+    distinct = _distinct(layer, draw().x)
+    for way in ways:
+        goal = (FP8_GOALS if way.fp8 else GOALS).get(shape.name, NO_GOAL)
         for ffn in ffns:
-            judged = setting.scale == "gpu" and ffn == ffns[-1]
+            judged = setting.scale == "gpu" and ffn == list(ffns)[-1]
             yield Row(
                 what=f"memory+ layer, {way}",
                 case=name,
                 measure="relative",
-                ours=samples[way].median,
-                spread=samples[way].spread,
+                ours=samples[str(way)].median,
+                spread=samples[str(way)].spread,
                 against=ffn,
                 theirs=samples[ffn].median,
-                floor=setting.floor(*stages(shape, way, setting.dtype.itemsize)),
-                goal=GOALS.get((shape.name, way), NO_GOAL) if judged else NO_GOAL,
+                floor=setting.floor(*stages(shape, way, setting.dtype.itemsize, distinct)),
+                goal=goal if judged else NO_GOAL,
             )
 
 
-def stages(shape: Shape, way: str, element: int) -> list[Cost]:
+@torch.no_grad()
+def _distinct(layer: MemoryPlus, x: Tensor) -> float:
+    """Rows that these tokens read at least once."""
+    query = layer.query(x).unflatten(-1, (layer.shape.heads, -1))
+    return float(product_key_topk(query, layer.keys, layer.shape.k)[0].unique().numel())
+
+
+def stages(shape: Shape, way: Way, element: int, distinct: float) -> list[Cost]:
     """What the memory+ layer does at least, forward and backward, one after the other."""
     bag = Bag(
         tokens=shape.tokens,
         bag=shape.heads * shape.k,
         rows=shape.half_keys**2,
         columns=shape.hidden,
-        element=1 if "fp8" in way else element,
+        element=1 if way.fp8 else element,
         output=element,
     )
     retrieval = Retrieval(
@@ -213,11 +229,21 @@ def stages(shape: Shape, way: str, element: int) -> list[Cost]:
         linear(shape.tokens, shape.hidden, outputs, element) * 3
         for outputs in (shape.heads * shape.key_dim, shape.hidden, shape.hidden)
     ]
-    form = way.split(",")[0]
     return [
         *projections,
         retrieval.forward(),
         retrieval.backward(),
         bag.forward(gated=True),
-        bag.backward(form, 4),
+        bag.backward(way.form, way.gradient.itemsize, distinct),
+    ]
+
+
+def ffn_stages(shape: Shape, element: int) -> list[Cost]:
+    """What the SwiGLU FFN does at least, its activation fused: 3 values of F moved a token in
+    forward, 5 in backward."""
+    activation = shape.tokens * shape.ffn_hidden * element
+    return [
+        linear(shape.tokens, shape.hidden, 2 * shape.ffn_hidden, element) * 3,
+        linear(shape.tokens, shape.ffn_hidden, shape.hidden, element) * 3,
+        Cost(bytes=(3 + 5) * activation),
     ]

@@ -84,8 +84,8 @@ def _parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--commit", metavar="ID", help="what is measured, where git cannot say")
     parser.add_argument(
-        "--time-limit", type=float, default=150, metavar="SECONDS",
-        help="of each benchmark; one that hangs is ended and counts as failed (default 150)",
+        "--time-limit", type=float, default=180, metavar="SECONDS",
+        help="of each benchmark; one that hangs is ended and counts as failed (default 180)",
     )  # fmt: skip
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
