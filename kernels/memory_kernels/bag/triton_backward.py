@@ -10,7 +10,7 @@ What moves, with U distinct rows among P = T * B reads of D columns (U = P / 2 i
 of the table, U rows of the gradient, and P rows of x, which come from the L2 cache: column blocks
 are the outermost axis of the grid, and one block of x (16k tokens of 1 KiB) stays in it. A row that
 crosses one border is finished by running over it, not by partial sums: at two reads a row every
-second slab has such a row, and writing and reading two partial sums in fp32 for each is 8% more
+second slab has such a row, and writing and reading two partial sums in fp32 for each is 4% more
 traffic, where running over is none. The temporaries are
 
 - pieces of long rows, fp32 [P / SLAB, D]: B / SLAB copies of x in fp32,
@@ -353,8 +353,9 @@ def backward_of_reads(
         slab,
         sink,
     ).run()
-    plan_sum_groups(groups, pieces, reads.rows, slab, group, block).run()
-    plan_sum_pieces(groups, pieces, reads.rows, slab, group, block, sink).run()
+    if len(pieces) > 2:  # of fewer slabs a row has no pieces
+        plan_sum_groups(groups, pieces, reads.rows, slab, group, block).run()
+        plan_sum_pieces(groups, pieces, reads.rows, slab, group, block, sink).run()
     if num_blocks > 1:
         if dots is not None:
             plan_sum_blocks(h, dots, positions).run()
