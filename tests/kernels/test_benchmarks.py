@@ -1,6 +1,5 @@
 """Every benchmark runs from end to end at tiny sizes, and says rightly what it measured."""
 
-import json
 import subprocess
 import sys
 import time
@@ -11,12 +10,14 @@ import torch
 
 from benchmarks.speed import report
 from benchmarks.speed.draws import draw_indices
-from benchmarks.speed.program import MODULES, SCRIPT, main, measure
+from benchmarks.speed.processes import SCRIPT
+from benchmarks.speed.program import main
 from benchmarks.speed.results import Goal, Row, summary
 from benchmarks.speed.retrieval import naive_topk, torch_topk
 from benchmarks.speed.roofline import Bag, Cost, Limits, floor_seconds, measure_limits
 from benchmarks.speed.setting import Setting
 from benchmarks.speed.timing import Stopwatch, compare
+from benchmarks.speed.worker import GPU_IS_LOST, MODULES, measure
 from tests.devices import TEST_DEVICE
 
 DEVICE = torch.device(TEST_DEVICE)
@@ -219,17 +220,37 @@ def test_the_program_gathers_its_processes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_fails_the_run_and_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
-    """A process that dies after its first row, as after an error of a kernel."""
-    script = tmp_path / "dies.py"
-    line = json.dumps({"what": "first", "case": "x", "ours": 1.0, "theirs": 2.0, "goal": {}})
+def test_another_process_goes_on_after_one_that_died(monkeypatch, tmp_path, capsys):
+    """0 and 4 are measured, 1 fails and the GPU with it, 2 ends its process, 3 hangs."""
+    script = tmp_path / "worker.py"
+    row = dict(what="a", case="x", ours=1.0, theirs=2.0, goal={})
     script.write_text(
-        "import os, sys\n"
-        "records = sys.argv[sys.argv.index('--records') + 1]\n"
-        f"open(records, 'w').write({line!r} + chr(10))\n"
-        "os._exit(3)\n"
+        "import json, os, signal, sys\n"
+        "path, first = (sys.argv[sys.argv.index(n) + 1] for n in ('--records', '--first-case'))\n"
+        "def record(**fields):\n"
+        "    with open(path, 'a') as records:\n"
+        "        records.write(json.dumps(fields) + chr(10))\n"
+        "record(limits='limits of ' + first)\n"
+        "for number in range(int(first), 5):\n"
+        "    record(number=number, what='case', case=str(number))\n"
+        "    if number == 2: os._exit(7)\n"
+        "    if number == 3: os.kill(os.getpid(), signal.SIGALRM)\n"
+        f"    record(row={row!r} | dict(case=str(number), failed=number == 1, note='error'))\n"
+        f"    if number == 1: os._exit({GPU_IS_LOST})\n"
     )
-    monkeypatch.setattr("benchmarks.speed.program.SCRIPT", script)
+    monkeypatch.setattr("benchmarks.speed.processes.SCRIPT", script)
+    assert main("", ["bag", "--device", "cpu", "--quick", "--time-limit", "9"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert failed == [
+        "FAILED: a, 1: error",
+        "FAILED: case, 2: its process ended with 7",
+        "FAILED: case, 3: ended after 9 s; see --time-limit",
+    ]
+
+
+def test_a_process_that_never_begins_is_tried_once(monkeypatch, tmp_path, capsys):
+    script = tmp_path / "worker.py"
+    script.write_text("raise SystemExit(5)")
+    monkeypatch.setattr("benchmarks.speed.processes.SCRIPT", script)
     assert main("", ["bag", "--device", "cpu", "--quick"]) == 1
-    printed = capsys.readouterr().out
-    assert "FAILED: bag, the rest of it: its process ended with 3" in printed
+    assert "FAILED: bag, all of it: its process ended with 5" in capsys.readouterr().out

@@ -26,6 +26,9 @@ NOT_GIVEN = "give --reference DIR, a checkout of github.com/facebookresearch/mem
 def cases(setting: Setting) -> Iterator[Case]:
     """All of this benchmark's cases."""
     tokens, reads, columns = SHAPES[setting.scale]
+    small = Bag(tokens=tokens, bag=reads, rows=ROWS[setting.scale][0], columns=columns)
+    name = describe(small, torch.float16, "uniform")
+    yield Case(what="FBGEMM", case=name, measure=partial(_fbgemm, setting, small, name))
     for number, rows in enumerate(setting.table_rows(ROWS[setting.scale])):
         bag = Bag(tokens=tokens, bag=reads, rows=rows, columns=columns)
         for distribution in DISTRIBUTIONS:
@@ -33,9 +36,6 @@ def cases(setting: Setting) -> Iterator[Case]:
             goal = GOALS[number] if setting.scale == "gpu" else NO_GOAL
             measure = partial(_backward, setting, bag, distribution, goal)
             yield Case(what="bag backward", case=name, measure=measure)
-    small = Bag(tokens=tokens, bag=reads, rows=ROWS[setting.scale][0], columns=columns)
-    name = describe(small, torch.float16, "uniform")
-    yield Case(what="FBGEMM", case=name, measure=partial(_fbgemm, setting, small, name))
 
 
 def load_reference(checkout: Path) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -76,8 +76,9 @@ def our_backward(table: Tensor, form: str, main_grad: Tensor | None = None) -> C
 
 def _reference_backward(table: Tensor, backward: Callable) -> Contender:
     def run(watch: Stopwatch, reads: Reads) -> None:
+        indices = reads.indices.long()  # as torch.topk gives them, which it is written for
         with watch:
-            backward(reads.indices, table.detach(), reads.weights, reads.grad)
+            backward(indices, table.detach(), reads.weights, reads.grad)
 
     return run
 
@@ -121,7 +122,7 @@ def _check_agreement(backward: Callable, device: torch.device) -> None:
     reads = draw_reads(bag, "uniform", torch.bfloat16, device)
     weights = reads.weights.detach().requires_grad_()
     weighted_bag(table, reads.indices, weights).backward(reads.grad)
-    theirs = backward(reads.indices, table.detach(), reads.weights, reads.grad)
+    theirs = backward(reads.indices.long(), table.detach(), reads.weights, reads.grad)
     for name, ours, other in zip(
         ("table", "weights"), (table.grad, weights.grad), theirs, strict=True
     ):

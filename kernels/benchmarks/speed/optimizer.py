@@ -113,15 +113,14 @@ def reference_way(bag: Bag, device: torch.device, backward: Callable | None) -> 
     adam = torch.optim.AdamW([table], fused=device.type == "cuda", **SETTINGS)
 
     def run(watch: Stopwatch, reads: Reads) -> None:
-        if backward is None:
-            weights = reads.weights.detach().requires_grad_()
-            y = weighted_bag(table, reads.indices, weights)
+        indices = reads.indices.long()
+        weights = reads.weights.detach().requires_grad_()
+        y = weighted_bag(table, reads.indices, weights)
         with watch:
             if backward is None:
                 y.backward(reads.grad)
             else:
-                args = (reads.indices, table.detach(), reads.weights, reads.grad)
-                table.grad, _ = backward(*args)
+                table.grad, _ = backward(indices, table.detach(), reads.weights, reads.grad)
             torch.nn.utils.clip_grad_norm_([table], MAX_NORM)
             adam.step()
         table.grad = None
