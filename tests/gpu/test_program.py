@@ -21,7 +21,13 @@ MODEL = """
 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3 --log-interval 1 --eval-iters 0
 --split 1,0,0 --bf16 --device cuda
 """
-ACTIVATIONS = {"swiglu": [], "gelu": ["--no-swiglu"]}
+VARIANTS = {
+    "swiglu": [],
+    "gelu": ["--no-swiglu"],
+    "torch": ["--memory-kernels", "torch"],
+    "fp8": ["--memory-fp8-values", "--memory-kernels", "triton"],
+    "distopt": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+}
 
 
 def _run(module: str, *flags: str) -> str:
@@ -41,11 +47,13 @@ def _losses(output: str) -> list[str]:
     return re.findall(r"iteration +\d+/4 \| loss ([\d.]+)", output)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_resume_is_exact_and_text_follows(activation: str, tmp_path: Path):
-    flags = [*MODEL.split(), *ACTIVATIONS[activation], "--data-path", write_dataset(tmp_path)]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_is_exact_and_text_follows(variant: str, tmp_path: Path):
+    flags = [*MODEL.split(), *VARIANTS[variant], "--data-path", write_dataset(tmp_path)]
     checkpoints = str(tmp_path / "checkpoints")
-    whole = _losses(_run("train", *flags))
+    output = _run("train", *flags)
+    assert ("memory kernels: torch" if variant == "torch" else "memory kernels: Triton") in output
+    whole = _losses(output)
     first = _run("train", *flags, "--save", checkpoints, "--exit-interval", "2", "--async-save")
     second = _run("train", *flags, "--load", checkpoints)
     assert len(whole) == 4
