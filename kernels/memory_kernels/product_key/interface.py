@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memory_kernels.product_key.torch_ops import best_slots, half_scores
+from memory_kernels.product_key import operators
 
 
 def product_key_topk(
@@ -30,12 +30,7 @@ def product_key_topk(
         ValueError: shapes that do not fit together, or k out of range.
     """
     _check(query, keys, k)
-    num_half_keys = keys.shape[2]
-    slots, scores = best_slots(half_scores(query, keys), k)
-    index_dtype = torch.int32 if num_half_keys**2 < 2**31 else torch.int64
-    indices = slots.to(index_dtype).transpose(0, 1).contiguous()
-    chosen = scores.transpose(0, 1)
-    return indices, chosen.softmax(dim=-1) if normalize else chosen
+    return operators.product_key_topk(query, keys, k, normalize)
 
 
 def _check(query: Tensor, keys: Tensor, k: int) -> None:
@@ -69,9 +64,4 @@ def product_key_scores(query: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
             f"indices: [{query.shape[0]}, {query.shape[1]}, K] int32 or int64 wanted, got "
             f"{list(indices.shape)} {indices.dtype}"
         )
-    num_half_keys = keys.shape[2]
-    slots = indices.long().transpose(0, 1)
-    scores = half_scores(query, keys)
-    first = scores[0].gather(-1, slots // num_half_keys)
-    second = scores[1].gather(-1, slots % num_half_keys)
-    return (first + second).transpose(0, 1)
+    return operators.product_key_scores(query, keys, indices)

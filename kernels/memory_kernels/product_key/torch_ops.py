@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def slot_dtype(num_half_keys: int) -> torch.dtype:
+    """int32 where N * N slots fit it, else int64."""
+    return torch.int32 if num_half_keys**2 < 2**31 else torch.int64
+
+
 def half_scores(query: Tensor, keys: Tensor) -> Tensor:
     """Scores of both halves, [2, H, T, N] in fp32 (fp64 for fp64); query and keys as the public
     call."""
@@ -20,28 +25,70 @@ def half_scores(query: Tensor, keys: Tensor) -> Tensor:
     return halves @ keys.to(dtype).permute(1, 0, 3, 2)
 
 
-class _Choose(torch.autograd.Function):
-    """values.gather(-1, ranks), whose ranks repeat; with a gradient summed in a fixed order.
+def topk(query: Tensor, keys: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """indices and weights; see the operator product_key_topk in operators.py."""
+    slots, scores = best_slots(half_scores(query, keys), k)
+    indices = slots.to(slot_dtype(keys.shape[2])).transpose(0, 1).contiguous()
+    chosen = scores.transpose(0, 1).contiguous()
+    return indices, chosen.softmax(dim=-1) if normalize else chosen
 
-    On a GPU gather's own gradient adds repeated entries by atomics, in any order.
+
+def scores(query: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
+    """Scores of given slots; see the operator product_key_scores in operators.py.
+
+    From the same products as those of `topk`, so that a slot has one score to the bit.
     """
+    i, j = _half_indices(indices, keys.shape[2])
+    first, second = half_scores(query, keys)
+    return (first.gather(-1, i) + second.gather(-1, j)).transpose(0, 1).contiguous()
 
-    @staticmethod
-    def forward(ctx, values: Tensor, ranks: Tensor) -> Tensor:
-        ctx.save_for_backward(ranks)
-        ctx.num_values = values.shape[-1]
-        return values.gather(-1, ranks)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor):
-        (ranks,) = ctx.saved_tensors
-        one_hot = ranks[..., None] == torch.arange(ctx.num_values, device=ranks.device)
-        return (grad_output[..., None, :] @ one_hot.to(grad_output.dtype)).squeeze(-2), None
+def gradients(
+    query: Tensor, keys: Tensor, indices: Tensor, grad_scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and keys; see the operator product_key_backward in operators.py."""
+    dtype = grad_scores.dtype
+    grad = grad_scores.transpose(0, 1)
+    half_indices = torch.stack(_half_indices(indices, keys.shape[2]))
+    grad_halves = sum_by_index(grad.expand(2, *grad.shape), half_indices, keys.shape[2])
+    halves = query.to(dtype).unflatten(-1, (2, -1)).permute(2, 1, 0, 3)
+    grad_query = grad_halves @ keys.to(dtype).transpose(0, 1)
+    grad_keys = grad_halves.mT @ halves
+    return (
+        grad_query.permute(2, 1, 0, 3).flatten(-2).to(query.dtype).contiguous(),
+        grad_keys.transpose(0, 1).to(keys.dtype).contiguous(),
+    )
+
+
+def _half_indices(indices: Tensor, num_half_keys: int) -> tuple[Tensor, Tensor]:
+    """Both half-keys of slots [T, H, K], int64 [H, T, K] each."""
+    slots = indices.long().transpose(0, 1)
+    return slots // num_half_keys, slots % num_half_keys
+
+
+def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """[..., size]: the sum of those of values [..., K] that have an index [..., K], in fixed order.
+
+    On a GPU scatter_add_ itself sums repeated entries by atomics, in any order.
+    """
+    if values.is_cuda:
+        return sum_by_index_without_atomics(values, index, size)
+    return values.new_zeros(*values.shape[:-1], size).scatter_add_(-1, index, values)
+
+
+def sum_by_index_without_atomics(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """`sum_by_index` on any device; needs memory for [..., K, K]."""
+    same = index[..., :, None] == index[..., None, :]
+    totals = (same * values[..., None, :]).sum(dim=-1)
+    # The first of equal entries writes their sum; the others write zeros to a column of no one.
+    repeats = same.tril(-1).any(dim=-1)
+    sums = values.new_zeros(*values.shape[:-1], size + 1)
+    sums.scatter_(-1, index.where(~repeats, size), totals.where(~repeats, 0.0))
+    return sums[..., :size]
 
 
 def best_slots(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best slots of each head, best first, and their scores, differentiable in `scores`.
+    """The k best slots of each head, best first, and their scores.
 
     Args:
         scores: [2, H, T, N].
@@ -49,22 +96,19 @@ def best_slots(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         slots i * N + j, int64, and scores, [H, T, K] each.
     """
-    candidates, ranks = _select(scores.detach(), k)
-    # A head's candidates are different half-keys, so that this gather's gradient has no repeats.
-    best = scores.gather(-1, candidates)
-    chosen = _Choose.apply(best, ranks)
+    candidates, ranks = _select(scores, k)
     i, j = candidates.gather(-1, ranks)
-    return i * scores.shape[-1] + j, chosen[0] + chosen[1]
+    first, second = scores.gather(-1, torch.stack((i, j)))
+    return i * scores.shape[-1] + j, first + second
 
 
-@torch.no_grad()
 def _select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best half-keys of each set [2, H, T, K], and the winning pairs' ranks in them."""
     num_half_keys = scores.shape[-1]
     half_keys = torch.arange(num_half_keys, device=scores.device)
     candidates = topk_lower_index_first(scores, half_keys, k)
     best = scores.gather(-1, candidates)
-    first, second = _pairs_that_can_win(k, scores.device)
+    first, second = pairs_that_can_win(k, scores.device)
     slots = candidates[0][..., first] * num_half_keys + candidates[1][..., second]
     sums = best[0][..., first] + best[1][..., second]
     winners = topk_lower_index_first(sums, slots, k)
@@ -72,7 +116,7 @@ def _select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def _pairs_that_can_win(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pairs_that_can_win(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ranks (i, j) with (i + 1)(j + 1) <= k: any other pair is below k pairs that are no worse."""
     ranks = torch.arange(1, k + 1, device=device)
     first, second = torch.nonzero(ranks[:, None] * ranks[None, :] <= k, as_tuple=True)
