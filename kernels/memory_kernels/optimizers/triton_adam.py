@@ -19,6 +19,8 @@ from memory_kernels.optimizers.triton_weights import (
 )
 from memory_kernels.triton_rows import row_address
 
+_WIDE = 2048
+
 
 @triton.jit
 def catch_up(
@@ -248,6 +250,11 @@ def plan_row_adam_catch_up(
     )
 
 
+def _elements_a_thread(table, updates: bool) -> int:
+    """8, as registers allow; 16 for updates of wide rows, or one program would fill a processor."""
+    return 16 if updates and table[0].shape[1] > _WIDE else 8
+
+
 def _plan(rows, programs: int, arguments: dict, tensors: tuple, constants: tuple) -> Launch:
     table, remainder, shadow, exp_avg, exp_avg_sq, last_step = tensors
     beta1, beta2, eps, looped_steps = constants
@@ -276,5 +283,5 @@ def _plan(rows, programs: int, arguments: dict, tensors: tuple, constants: tuple
             **cut(table, remainder, exp_avg, exp_avg_sq, shadow[:-1]),
             **fused_shadow(table, shadow),
         ),
-        num_warps=warps(table),
+        num_warps=warps(table, _elements_a_thread(table, arguments["gradients"] is not None)),
     )

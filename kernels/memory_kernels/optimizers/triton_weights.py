@@ -24,7 +24,6 @@ from memory_kernels.shadow_triton import (
 from memory_kernels.triton_rows import row_address
 
 _LARGEST_BLOCK = 4096
-_ELEMENTS_A_WARP = 512
 _LEAST_BLOCK = 4  # the random bits come four columns at a time
 _DTYPES = {
     torch.float32: tl.float32,
@@ -85,10 +84,10 @@ def shadow_launches(
     return [plan_quantize_rows(list(table), list(shadow[:-1]), shadow[-1], rows, num_rows)]
 
 
-def warps(table: Sequence[Tensor]) -> int:
-    """16 elements a thread."""
+def warps(table: Sequence[Tensor], elements_a_thread: int = 16) -> int:
+    """Warps of a program."""
     block = min(next_power_of_2(table[0].shape[1]), _LARGEST_BLOCK)
-    return min(max(block // _ELEMENTS_A_WARP, 1), 8)
+    return max(block // (32 * elements_a_thread), 1)
 
 
 @triton.jit
