@@ -30,7 +30,8 @@ def product_key_topk(
         ValueError: shapes that do not fit together, or k out of range.
     """
     _check(query, keys, k)
-    return operators.product_key_topk(query, keys, k, normalize)
+    weights, indices = operators.product_key_topk(query, keys, k, normalize)
+    return indices, weights
 
 
 def _check(query: Tensor, keys: Tensor, k: int) -> None:

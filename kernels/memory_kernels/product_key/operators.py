@@ -26,7 +26,10 @@ def score_dtype(query: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("memory_kernels::product_key_topk", mutates_args=())
 def product_key_topk(query: Tensor, keys: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """indices and weights, or without `normalize` scores, [T, H, K] each, best first."""
+    """weights, or without `normalize` scores, and indices, [T, H, K] each, best first.
+
+    Weights come first for torch.library.opcheck, which adds up the outputs.
+    """
     return _implementation(query).topk(query, keys, k, normalize)
 
 
@@ -34,8 +37,8 @@ def product_key_topk(query: Tensor, keys: Tensor, k: int, normalize: bool) -> tu
 def _(query, keys, k, normalize):
     shape = (*query.shape[:2], k)
     return (
-        query.new_empty(shape, dtype=slot_dtype(keys.shape[2])),
         query.new_empty(shape, dtype=score_dtype(query)),
+        query.new_empty(shape, dtype=slot_dtype(keys.shape[2])),
     )
 
 
@@ -66,12 +69,12 @@ def _(query, keys, indices, grad_scores):
 
 def _save_topk(ctx, inputs, output):
     query, keys, _, ctx.normalize = inputs
-    indices, weights = output
+    weights, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(query, keys, indices, *([weights] if ctx.normalize else []))
 
 
-def _topk_backward(ctx, _grad_indices, grad):
+def _topk_backward(ctx, grad, _grad_indices):
     query, keys, indices, *weights = ctx.saved_tensors
     if ctx.normalize:
         weighted = grad * weights[0]

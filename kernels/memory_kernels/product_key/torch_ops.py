@@ -26,11 +26,11 @@ def half_scores(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def topk(query: Tensor, keys: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """indices and weights; see the operator product_key_topk in operators.py."""
+    """weights and indices; see the operator product_key_topk in operators.py."""
     slots, scores = best_slots(half_scores(query, keys), k)
     indices = slots.to(slot_dtype(keys.shape[2])).transpose(0, 1).contiguous()
     chosen = scores.transpose(0, 1).contiguous()
-    return indices, chosen.softmax(dim=-1) if normalize else chosen
+    return chosen.softmax(dim=-1) if normalize else chosen, indices
 
 
 def scores(query: Tensor, keys: Tensor, indices: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ _MOST_K = 64
 
 
 def topk(query: Tensor, keys: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """indices and weights; see the operator product_key_topk in operators.py.
+    """weights and indices; see the operator product_key_topk in operators.py.
 
     A NaN score counts as the best. With scores that are not NaN this equals the torch path.
 
@@ -52,7 +52,7 @@ def topk(query: Tensor, keys: Tensor, k: int, normalize: bool) -> tuple[Tensor, 
         plan_best_pairs(
             half_scores, half_indices, indices[part], weights[part], num_half_keys, normalize
         ).run()
-    return indices, weights
+    return weights, indices
 
 
 def _best_half_keys(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
