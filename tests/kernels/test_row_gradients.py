@@ -124,12 +124,10 @@ def test_parts_without_a_row_add_nothing():
     assert merged.norm() == 0
 
 
-@pytest.mark.parametrize("wrong", ["rows", "columns"])
-def test_buffers_without_room_are_refused(wrong: str):
+@pytest.mark.parametrize("rows, columns", [(4, 3), (5, 2)])
+def test_buffers_without_room_are_refused(rows: int, columns: int):
     case = make_case(SHAPES[1])
-    small = RowGradients.empty(case.table[:, : 2 if wrong == "columns" else None], 4)
-    if wrong == "columns":
-        small = RowGradients.empty(case.table.detach()[:, :2].contiguous(), 100)
+    small = RowGradients.empty(torch.empty(9, columns), rows)
     with pytest.raises(ValueError, match=r"^row_gradients: room for 5 rows of 3 columns wanted"):
         weighted_bag(case.table, case.indices, case.weights, row_gradients=small)
 
@@ -145,3 +143,14 @@ def test_one_destination_only():
             main_grad=torch.zeros_like(case.table),
             row_gradients=held,
         )
+
+
+def test_buffers_on_another_device_are_refused():
+    case = make_case(SHAPES[1])
+    elsewhere = case.table.detach().to("meta")
+    for name, sink in (
+        ("main_grad", dict(main_grad=elsewhere)),
+        ("row_gradients", dict(row_gradients=RowGradients.empty(elsewhere, 5))),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: on cpu wanted, as the table, got meta"):
+            weighted_bag(case.table, case.indices, case.weights, **sink)

@@ -113,6 +113,8 @@ def sinks_of(
             f"row_gradients: room for {least} rows of {chunks[0].shape[1]} columns wanted, got "
             f"{capacity} of {columns}; make it by RowGradients.empty(table, indices.numel())"
         )
+    for buffer in row_gradients.buffers():
+        _check_device("row_gradients", buffer, chunks[0])
     return "rows", row_gradients.buffers()
 
 
@@ -131,6 +133,13 @@ def _check_cut(name: str, tensors: Sequence[Tensor], chunks: list[Tensor]) -> No
     for tensor, chunk in zip(tensors, chunks, strict=True):
         if tensor.shape != chunk.shape:
             raise ValueError(f"{name}: {list(chunk.shape)} wanted, got {describe(tensor)}")
+        _check_device(name, tensor, chunk)
+
+
+def _check_device(name: str, tensor: Tensor, chunk: Tensor) -> None:
+    """A kernel would write to an address that is another device's."""
+    if tensor.device != chunk.device:
+        raise ValueError(f"{name}: on {chunk.device} wanted, as the table, got {tensor.device}")
 
 
 def check_reads(table: Table, indices: Tensor, name: str = "table") -> list[Tensor]:

@@ -34,6 +34,7 @@ def sort_reads(indices: Tensor, num_rows: int) -> Reads:
 def number_rows(rows: Tensor) -> Tensor:
     """[P] int32: the number of each read's row among the distinct ones, 0 first. rows [P] are
     ascending; P is 1 or more."""
-    numbers = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
-    numbers[1:] = torch.cumsum(rows[1:] != rows[:-1], 0, dtype=torch.int32)
+    numbers = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+    numbers[:1] = 0
+    torch.cumsum(rows[1:] != rows[:-1], 0, dtype=torch.int32, out=numbers[1:])
     return numbers
