@@ -25,9 +25,9 @@ from torch import Tensor
 
 from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.routing import MemoryRouter, Route, share_route
-from megatron_memory.memory.table import ValueTable
+from megatron_memory.memory.table import TableRead, ValueTable
 from megatron_memory.memory.usage import SlotUsage
-from memory_kernels import row_dot, weighted_bag
+from memory_kernels import peer_experts, row_dot, weighted_bag
 
 
 @dataclasses.dataclass
@@ -141,10 +141,9 @@ class MemoryLayer(MegatronModule):
         """[T, C]: all tokens of the tensor-parallel group, this rank's columns; memory+'s are
         gated."""
         indices, weights = share_route(route, self.config, self.tp_group)
-        if self.linear_fc1 is None:
-            return self._table("values")(weighted_bag, indices, weights)
-        gate, _ = self.linear_fc1(x)
-        return self._table("values")(weighted_bag, indices, weights, gate.flatten(0, 1))
+        gate = None if self.linear_fc1 is None else self.linear_fc1(x)[0].flatten(0, 1)
+        values = self._table("values")(weights)
+        return weighted_bag(values.chunks, indices, values.operand, gate, **values.options())
 
     def _read_peer(self, x: Tensor, route: Route) -> Tensor:
         """[T, C]: all tokens of the tensor-parallel group, this rank's columns."""
@@ -154,12 +153,18 @@ class MemoryLayer(MegatronModule):
     def _sum_experts(self, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
         """Sum over b of weights[t, b] * gelu(u . x[t]) * v, for the rows u and v of indices[t, b].
 
-        One all-reduce of [T, H * K] completes the dot products over the ranks' columns.
+        One operator where a rank has all columns and its gradient goes to both tables or to none.
+        Else in parts: one all-reduce of [T, H * K] completes the dot products before the GELU.
         """
-        products = self._table("values_u")(row_dot, indices, x)
+        table_u, table_v = self._table("values_u"), self._table("values_v")
+        if self.tp_group.size() == 1 and table_u.learns == table_v.learns:
+            return _sum_whole_experts(table_u(x), table_v(weights), indices)
+        u = table_u(x)
+        products = row_dot(u.chunks, indices, u.operand, **u.options())
         products = reduce_from_tensor_model_parallel_region(products.float(), group=self.tp_group)
         products = copy_to_tensor_model_parallel_region(products, group=self.tp_group)
-        return self._table("values_v")(weighted_bag, indices, weights * F.gelu(products))
+        v = table_v(weights * F.gelu(products))
+        return weighted_bag(v.chunks, indices, v.operand, **v.options())
 
     def _own_columns_of_all_tokens(self, x: Tensor) -> Tensor:
         if self.config.sequence_parallel:
@@ -193,6 +198,18 @@ class MemoryLayer(MegatronModule):
         if self.config.sequence_parallel:
             return all_to_all_hp2sp(y, group=self.tp_group)
         return gather_from_tensor_model_parallel_region(y, group=self.tp_group)
+
+
+def _sum_whole_experts(u: TableRead, v: TableRead, indices: Tensor) -> Tensor:
+    """[T, D]; both tables learn, or neither does."""
+    main_grads = shadows = None
+    if u.main_grad is not None and v.main_grad is not None:
+        main_grads = (u.main_grad, v.main_grad)
+    if u.shadow is not None and v.shadow is not None:
+        shadows = (u.shadow, v.shadow)
+    return peer_experts(
+        u.chunks, v.chunks, indices, v.operand, u.operand, main_grads=main_grads, shadows=shadows
+    )
 
 
 def _sigmoid_gate(config: MemoryTransformerConfig) -> torch.nn.Linear:

@@ -1,5 +1,6 @@
 """Value tables, split by columns over the tensor-parallel ranks and cut into chunks of rows."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -86,27 +87,30 @@ class ValueTable(MegatronModule):
         """The rows in order, as `memory_kernels` takes a table."""
         return [self.get_parameter(name) for name in self._chunk_names]
 
-    def forward(
-        self, operator: Callable[..., Tensor], indices: Tensor, operand: Tensor, *others: Tensor
-    ) -> Tensor:
-        """operator(table, indices, operand, *others), an operator of `memory_kernels.bag`.
+    @property
+    def learns(self) -> bool:
+        """Whether it has a gradient: it is not frozen."""
+        return self.chunks[0].requires_grad
+
+    def forward(self, operand: Tensor) -> "TableRead":
+        """What an operator takes to read the table once, in this pass and its backward.
 
         Args:
-            operator: `weighted_bag` or `row_dot`.
-            indices: [T, B].
-            operand: what the table's rows are multiplied by.
-            others: further arguments, such as the gate.
+            operand: what the operator multiplies the table's rows by.
         """
         chunks = self.chunks
-        options: dict[str, Any] = {"shadow": self._fresh_shadow()}
         main_grads = [getattr(chunk, "main_grad", None) for chunk in chunks]
-        learns = chunks[0].requires_grad and torch.is_grad_enabled()
-        if learns and main_grads[0] is not None:
-            options["main_grad"] = main_grads
+        collects = self.learns and torch.is_grad_enabled() and main_grads[0] is not None
+        if collects:
             if not operand.requires_grad:
                 operand = operand.detach().requires_grad_()
             operand = _AfterBackward.apply(operand, self._count_read)
-        return operator(chunks, indices, operand, *others, **options)
+        return TableRead(
+            chunks=chunks,
+            operand=operand,
+            main_grad=main_grads if collects else None,
+            shadow=self._fresh_shadow(),
+        )
 
     def _count_read(self) -> None:
         self._num_reads_done += 1
@@ -161,6 +165,24 @@ class ValueTable(MegatronModule):
             )
             first_row += rows
         return sharded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableRead:
+    """One read of a table; its fields are arguments of `memory_kernels`' operators."""
+
+    chunks: list[torch.nn.Parameter]
+    """The table."""
+    operand: Tensor
+    """The one given; when its gradient is there, the table's is complete, and the table hears."""
+    main_grad: list[Any] | None
+    """A buffer for each chunk's gradient; None without DDP, or where nothing learns."""
+    shadow: Fp8Shadow | None
+    """Read in the table's place."""
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of operators that read one table."""
+        return {"main_grad": self.main_grad, "shadow": self.shadow}
 
 
 def _chunk_rows(num_rows: int, columns: int) -> list[int]:

@@ -55,7 +55,8 @@ def test_layers_read_the_quantised_values():
     generator = torch.Generator().manual_seed(2)
     indices = torch.randint(64, (9, 8), generator=generator)
     weights, gate = (torch.randn(9, n, generator=generator).bfloat16() for n in (8, 32))
-    y = table(weighted_bag, indices, weights, gate)
+    read = table(weights)
+    y = weighted_bag(read.chunks, indices, read.operand, gate, **read.options())
     assert_shadow_is_of_the_weights(table)
     stored = torch.cat([chunk.detach() for chunk in table.chunks]).float()
     results = []

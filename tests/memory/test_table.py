@@ -132,6 +132,20 @@ def test_frozen_table(variant: str):
             assert torch.equal(parameter.main_grad, others[name].main_grad), name
 
 
+@pytest.mark.parametrize("frozen", [0, 1], ids=["u", "v"])
+def test_one_of_peers_tables_frozen(frozen: int):
+    config = tiny_config("peer")
+    model, learning = tiny_model(config), tiny_model(config)
+    model.memory.tables()[frozen].requires_grad_(False)
+    reports = record_reports(model)
+    backward(wrap(model))
+    backward(wrap(learning))
+    assert [len(seen) for seen in reports] == [frozen, 1 - frozen]
+    ours, theirs = (m.memory.tables()[1 - frozen] for m in (model, learning))
+    torch.testing.assert_close(main_grad(ours), main_grad(theirs), rtol=1e-5, atol=1e-6)
+    assert main_grad(ours).any()
+
+
 @pytest.mark.parametrize("wrapped", [True, False], ids=["ddp", "autograd"])
 @pytest.mark.parametrize("variant", ["memory+", "peer"])
 def test_everything_frozen_but_the_tables(variant: str, wrapped: bool):
