@@ -37,6 +37,7 @@ from memory_kernels.bag.triton_pieces import (
 from memory_kernels.bag.triton_sinks import finish_row, sink_arguments
 from memory_kernels.chunks import num_rows
 from memory_kernels.launch import Launch, ceil_div, next_power_of_2
+from memory_kernels.shadow_triton import e4m3_bytes, e4m3_to_float
 from memory_kernels.triton_rows import row_address, table_arguments
 
 _SLAB = 128
@@ -184,9 +185,10 @@ def bag_backward_kernel(
                 x_i = xs[i].to(tl.float32)
                 total += x_i * factors[i]
                 if table is not None:
-                    dot = tl.sum(x_i * values[i].to(tl.float32))
                     if scales is not None:
-                        dot *= tl.load(scales + row)
+                        dot = tl.sum(x_i * e4m3_to_float(values[i])) * tl.load(scales + row)
+                    else:
+                        dot = tl.sum(x_i * values[i].to(tl.float32))
                     if ONE_BLOCK:
                         tl.store(dots + places[i], dot, mask=at + i < stop)
                     else:
@@ -246,7 +248,7 @@ def plan_bag_backward(
     num_columns = x.shape[1]
     block = columns_of_a_program(x, scales is not None)
     num_blocks = max(ceil_div(num_columns, block), 1)
-    source = table_arguments(table)
+    source = table_arguments(e4m3_bytes(table))
     if dots is None:
         source.update(table=None)
     num_slabs = ceil_div(len(rows), slab)

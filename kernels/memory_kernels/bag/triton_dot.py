@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memory_kernels.bag.triton_forward import columns_of_a_warp
 from memory_kernels.launch import Launch, ceil_div, next_power_of_2
+from memory_kernels.shadow_triton import e4m3_bytes, e4m3_to_float
 from memory_kernels.triton_rows import row_address, table_arguments
 
 _ROWS_IN_FLIGHT = 4  # each with a block of products in registers
@@ -56,6 +57,8 @@ def row_dot_kernel(
                 mask=in_bag[:, None] & in_row[None, :],
                 other=0.0,
             )
+            if scales is not None:
+                values = e4m3_to_float(values)
             factor = tl.load(x + token * num_columns + columns, mask=in_row, other=0.0)
             products += values.to(tl.float32) * factor.to(tl.float32)[None, :]
         dots = tl.sum(products, 1)
@@ -90,7 +93,7 @@ def plan_row_dot(
             ROWS=min(_ROWS_IN_FLIGHT, reads),
             NUM_BLOCKS=ceil_div(num_columns, block),
             BLOCK=block,
-            **table_arguments(table),
+            **table_arguments(e4m3_bytes(table)),
         ),
         num_warps=1,
     )

@@ -268,6 +268,18 @@ def test_a_value_that_is_no_number_stays_in_its_row(small_slabs):
     assert torch.equal(gradient, clean)
 
 
+@pytest.mark.parametrize("where", ["weights", "x"])
+def test_infinity_in_the_last_of_an_odd_number_of_reads(where: str):
+    """Reads are taken two at a time: what stands in for a missing one adds nothing, not inf * 0."""
+    tensors = dict(table=torch.ones(1, 2), weights=torch.ones(3, 1), x=torch.ones(3, 2))
+    tensors[where][2] = torch.inf
+    indices = torch.zeros(3, 1, dtype=torch.int32)
+    case = Case(indices=indices, gate=tensors["x"], **tensors).to(TEST_DEVICE)
+    _, grad_weights, gradient = run(weighted_bag, case, case.x)
+    assert torch.equal(gradient, torch.full_like(gradient, torch.inf))
+    assert torch.equal(grad_weights, case.x.sum(1, keepdim=True))
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_only_the_weights_gradient(gated: bool):
     """A frozen table: the dots alone, by the kernel of row_dot."""
