@@ -35,7 +35,7 @@ def make_gradient(
         dtype = torch.promote_types(table.dtype, torch.float32)
     capacity = num_read + spare
     gradient = RowGradients(
-        rows=torch.full((capacity,), 2**40, dtype=torch.int64),
+        rows=torch.full((capacity,), num_rows - 1, dtype=torch.int64),
         gradients=torch.full((capacity, num_columns), torch.nan, dtype=dtype),
         squared_norms=torch.full((capacity,), torch.nan),
         num_rows=torch.zeros(1, dtype=torch.int32),
