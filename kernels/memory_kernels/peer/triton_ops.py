@@ -3,8 +3,6 @@
 Axes: T tokens, B experts read a token, S experts, D columns. Tables come as row chunks.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,13 @@ from memory_kernels.peer.triton_gelu import plan_coefficient_gradients, plan_coe
 
 
 def peer_experts(
-    u: Sequence[Tensor],
-    v: Sequence[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
     indices: Tensor,
     weights: Tensor,
     x: Tensor,
-    shadow_u: Sequence[Tensor],
-    shadow_v: Sequence[Tensor],
+    shadow_u: list[Tensor],
+    shadow_v: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """y and the products; see the operator of this name in operators.py."""
     products = bag.row_dot(u, indices, x, shadow_u)
@@ -32,22 +30,24 @@ def peer_experts(
 
 
 def peer_backward(
-    u: Sequence[Tensor],
-    v: Sequence[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
     indices: Tensor,
     weights: Tensor,
     x: Tensor,
     products: Tensor,
     grad_output: Tensor,
-    shadow_u: Sequence[Tensor],
-    shadow_v: Sequence[Tensor],
+    shadow_u: list[Tensor],
+    shadow_v: list[Tensor],
     form: str,
-    sinks_u: Sequence[Tensor],
-    sinks_v: Sequence[Tensor],
+    sinks_u: list[Tensor],
+    sinks_v: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and x; see the operator of this name in operators.py."""
     weights, grad_output = weights.contiguous(), grad_output.contiguous()
     learns = len(sinks_v) > 0 and indices.numel() > 0
+    if form == "rows" and indices.numel() == 0:
+        sinks_u[-1].zero_(), sinks_v[-1].zero_()
     if learns:
         reads = sort_reads(indices, num_rows(u))
         coefficients = _coefficients(products, weights)
