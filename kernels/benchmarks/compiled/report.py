@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/compile_report.py           the main configurations
     python kernels/benchmarks/compile_report.py --all     every configuration that ships
-    python kernels/benchmarks/compile_report.py --record  every one, into registers.json
+    python kernels/benchmarks/compile_report.py --record  write the main ones to registers.json
 
 Ends with 1 if a launch does not compile, keeps data on a stack, spills registers, reads rows in
 pieces where 16 bytes fit, or takes more of the GPU than registers.json has for this Triton. Under
@@ -12,6 +12,7 @@ the command.
 
 import argparse
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.compiled.cubin import ARCHITECTURES, Resources
+from benchmarks.compiled.launches import Shipped, kernels_without_launch
 from benchmarks.compiled.limits import (
     PATH,
     Limit,
@@ -34,7 +36,7 @@ from benchmarks.compiled.limits import (
     write_limits,
 )
 from benchmarks.compiled.offline import grid_problem, measure
-from benchmarks.compiled.shipped import Shipped, kernels_without_launch, shipped
+from benchmarks.compiled.shipped import shipped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Row:
 
     name: str
     arch: int
+    main: bool
     resources: Resources | None
     """None where the kernel did not compile."""
     flaws: tuple[str, ...]
@@ -104,27 +107,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="write what is found as limits of this Triton; those of launches not chosen stay",
+        help="write what main ones take as limits of this Triton; those of others stay",
     )
     parser.add_argument("--limits", type=Path, default=PATH, help="the file of limits")
     parser.add_argument("--triton", metavar="VERSION", help="stop unless this is the one that runs")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile"
     )
-    arguments = parser.parse_args()
-    arguments.all |= arguments.record
-    return arguments
+    return parser.parse_args()
 
 
 def compile_all(launches: list[Shipped], archs: list[int], jobs: int) -> list[Row]:
-    """A row for each launch on each architecture that it ships for."""
-    tasks = [(one, arch) for one in launches for arch in archs if arch in one.archs]
+    """A row for each launch on each architecture."""
+    tasks = [(one, arch) for arch in archs for one in launches]
     # Forked, so that the workers have the launches already: kernels cannot be sent to processes.
     global _tasks
     _tasks = tasks
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=context) as pool:
-        return list(pool.map(compile_one, range(len(tasks))))
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=gc.freeze) as pool:
+        return list(pool.map(compile_one, range(len(tasks)), chunksize=4))
 
 
 _tasks: list[tuple[Shipped, int]] = []
@@ -136,11 +137,13 @@ def compile_one(number: int) -> Row:
     try:
         resources = measure(one.launch, arch)
     except Exception as error:  # Whatever it is, the report names the launch and goes on.
-        return Row(name=one.name, arch=arch, resources=None, flaws=(innermost_cause(error),))
+        return Row(
+            name=one.name, arch=arch, main=one.main, resources=None, flaws=(innermost_cause(error),)
+        )
     found = flaws(resources, wide=one.wide)
     if problem := grid_problem(one.launch):
         found.append(problem)
-    return Row(name=one.name, arch=arch, resources=resources, flaws=tuple(found))
+    return Row(name=one.name, arch=arch, main=one.main, resources=resources, flaws=tuple(found))
 
 
 def innermost_cause(error: BaseException) -> str:
@@ -152,8 +155,8 @@ def innermost_cause(error: BaseException) -> str:
 
 
 def what_is_worse(row: Row, recorded: dict[int, dict[str, Limit]]) -> list[str]:
-    """Than recorded; nothing without any record for this Triton, which is then said elsewhere."""
-    if row.resources is None or not recorded:
+    """Than recorded; nothing without any record for this Triton, which print_report says."""
+    if row.resources is None or not row.main or not recorded:
         return []
     limit = recorded.get(row.arch, {}).get(row.name)
     if limit is None:
@@ -165,12 +168,12 @@ def record(rows: list[Row], path: Path) -> None:
     """Write the rows as limits of this Triton, and drop those of launches that ship no more."""
     limits = read_limits(path)
     of_triton = limits.setdefault(triton_key(), {})
-    known = {(one.name, arch) for one in shipped() for arch in one.archs}
+    known = {one.name for one in shipped() if one.main}
     for arch in ARCHITECTURES:
         kept = of_triton.get(arch, {})
-        of_triton[arch] = {name: limit for name, limit in kept.items() if (name, arch) in known}
+        of_triton[arch] = {name: limit for name, limit in kept.items() if name in known}
     for row in rows:
-        if row.resources is not None:
+        if row.resources is not None and row.main:
             of_triton[row.arch][row.name] = Limit.of(row.resources)
     write_limits(path, limits)
 
