@@ -62,7 +62,7 @@ gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing
 	@$(PYTHON_AT_HAND) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { \
 	    echo "make gpu: $(PYTHON_AT_HAND) has no torch that sees a GPU; python tools/doctor.py says why" >&2; exit 1; }
 	@status=0; run() { echo "$$*"; env "$$@" || status=1; }; \
-	run TEST_DEVICE=cuda $(PYTHON_AT_HAND) -m pytest tests/gpu tests/kernels/triton $(ARGS); \
+	run $(PYTHON_AT_HAND) tests/gpu/run_files.py $(ARGS); \
 	run $(PYTHON_AT_HAND) kernels/benchmarks/run.py all $(if $(REFERENCE),--reference "$(REFERENCE)") \
 	    $(if $(RESULTS),--results "$(RESULTS)") $(if $(COMMIT),--commit "$(COMMIT)"); \
 	run $(PYTHON_AT_HAND) tools/benchmark.py train-step --rounds 2; \

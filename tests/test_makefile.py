@@ -49,7 +49,7 @@ def test_tests_get_a_second_triton_in_a_folder_of_its_own(tmp_path):
 
 def test_gpu_installs_nothing(tmp_path):
     commands = make("-n", "gpu", f"VENV={tmp_path}/none").stdout
-    assert "TEST_DEVICE=cuda python3 -m pytest tests/gpu" in commands
+    assert "python3 tests/gpu/run_files.py" in commands
     assert "install" not in commands
 
 
@@ -61,10 +61,11 @@ def test_gpu_refuses_without_a_gpu(tmp_path):
 
 
 def test_gpu_measures_in_spite_of_a_failed_test_and_fails_in_the_end(tmp_path):
-    python = fake_python(tmp_path, 'echo "ran $*"; case "$*" in *pytest*) exit 1;; esac')
+    python = fake_python(tmp_path, 'echo "ran $*"; case "$*" in *run_files*) exit 1;; esac')
     done = make("gpu", f"PYTHON={python}", "REFERENCE=there")
     ran = re.findall(r"^ran (?:-m )?(\S+)", done.stdout, re.MULTILINE)
-    assert ran[1:] == ["pytest", "kernels/benchmarks/run.py", "tools/benchmark.py"]
+    steps = ["tests/gpu/run_files.py", "kernels/benchmarks/run.py", "tools/benchmark.py"]
+    assert ran[1:] == steps
     assert "run.py all --reference there" in done.stdout
     assert done.returncode != 0 and "a test or a benchmark failed" in done.stderr
     python.write_text(python.read_text().replace("exit 1", "exit 0"))
