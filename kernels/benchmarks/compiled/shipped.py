@@ -50,9 +50,10 @@ def short(dtype: torch.dtype) -> str:
 
 
 def is_wide(columns: int, dtype=BF16) -> bool:
-    """Whether Triton sees that rows are multiples of 16 bytes: of an integer it knows no more than
-    whether 16 divides it."""
-    return columns % 16 == 0 and columns * dtype.itemsize % 16 == 0
+    """Whether rows must be read 16 bytes at a time: they fill a warp's lanes, also in fp8, and
+    Triton sees that they are multiples of 16 bytes. Of an integer it knows no more than whether 16
+    divides it."""
+    return columns % 16 == 0 and columns * dtype.itemsize >= 1024
 
 
 def forward() -> Iterator[Shipped]:
@@ -233,7 +234,7 @@ def retrieval() -> Iterator[Shipped]:
             (lambda: product_key.topk(query, keys, k, True), what),
             (lambda: product_key.gradients(query, keys, indices, scores), what),
         ):
-            yield from shipped_by(call, name, main=main, wide=is_wide(dim, dtype))
+            yield from shipped_by(call, name, main=main, wide=dim % 16 == 0)
 
     for half_keys in (768, 1024, 4096, 16384):
         yield from case(half_keys, 32, main=half_keys == 1024)
