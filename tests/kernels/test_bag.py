@@ -118,6 +118,18 @@ def test_nothing_to_read(tokens: int, bag: int):
     assert torch.equal(case.x.grad, torch.zeros(tokens, 3))
 
 
+def test_table_without_columns():
+    case = make_case(Shape(tokens=3, bag=2, rows=4, columns=0))
+    weighted_bag(case.table, case.indices, case.weights).sum().backward()
+    assert case.table.grad.shape == (4, 0)
+    assert torch.equal(case.weights.grad, torch.zeros(3, 2))
+    main_grad = torch.zeros(4, 0)
+    h = row_dot(case.table, case.indices, case.x, main_grad=main_grad)
+    h.sum().backward()
+    assert torch.equal(h, torch.zeros(3, 2))
+    assert case.x.grad.shape == (3, 0)
+
+
 def test_rows_that_nobody_reads_do_not_matter():
     case = make_case(Shape(tokens=6, bag=3, rows=40, columns=5))
     unread = torch.ones(40, dtype=torch.bool)

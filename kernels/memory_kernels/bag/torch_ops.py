@@ -86,7 +86,7 @@ def bag_sum(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [T, D] in the table's dtype.
     """
-    if indices.numel() == 0:
+    if indices.numel() == 0 or table.shape[1] == 0:
         return table.new_zeros(indices.shape[0], table.shape[1])
     return F.embedding_bag(indices, table, per_sample_weights=weights.to(table.dtype), mode="sum")
 
@@ -103,7 +103,7 @@ def bag_dot(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:
         [T, B] in the table's dtype.
     """
     num_tokens, bag_size = indices.shape
-    if indices.numel() == 0:
+    if indices.numel() == 0 or table.shape[1] == 0:
         return table.new_zeros(num_tokens, bag_size)
     bags = torch.arange(num_tokens, dtype=indices.dtype, device=indices.device)
     # The product that embedding_bag's own backward makes for its weights: no [T, B, D] is written.
@@ -172,6 +172,9 @@ def row_gradient_parts(
     starts = counts.cumsum(0) - counts
     part_bytes = _PART_BYTES if x.device.type == "cpu" else _PART_BYTES_ELSEWHERE
     part_rows = max(part_bytes // max(x.shape[1] * x.element_size(), 1), 1)
+    if x.shape[1] == 0:  # embedding_bag takes no rows without columns
+        yield rows.long(), x.new_empty(len(rows), 0)
+        return
     borders = [*starts[::part_rows].tolist(), len(reads)]
     for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
         part = slice(number * part_rows, (number + 1) * part_rows)

@@ -270,7 +270,7 @@ def plan_bag_backward(
             SLAB=slab,
             READS=_READS_IN_FLIGHT,
             BLOCK=block,
-            EVEN=num_columns % block == 0,
+            EVEN=num_columns > 0 and num_columns % block == 0,
             ONE_BLOCK=num_blocks == 1,
             **source,
             **sink,

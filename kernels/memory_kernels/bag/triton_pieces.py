@@ -215,7 +215,7 @@ def plan_sum_pieces(
     num_slabs, num_columns = pieces.shape
     return Launch(
         kernel=sum_pieces_kernel,
-        grid=(num_slabs * ceil_div(num_columns, block),),
+        grid=(num_slabs * max(ceil_div(num_columns, block), 1),),
         arguments=dict(
             groups=groups,
             pieces=pieces,

@@ -322,6 +322,17 @@ def test_empty_input(tokens: int, bag: int):
     assert torch.equal(case.x.grad, torch.zeros_like(case.x))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_table_without_columns(form: str, small_slabs):
+    case = small_case(Shape(tokens=7, bag=5, rows=3, columns=0))
+    y, grad_weights, gradient = run(weighted_bag, case, case.x.detach(), form)
+    assert y.shape == (7, 0) and gradient.shape == (3, 0)
+    assert torch.equal(grad_weights, torch.zeros_like(grad_weights))
+    h, grad_x, gradient = run(row_dot, case, case.weights.detach(), form)
+    assert torch.equal(h, torch.zeros_like(h))
+    assert grad_x.shape == (7, 0) and gradient.shape == (3, 0)
+
+
 def test_merged_row_gradients_are_the_sum(small_slabs):
     case = small_case()
     parts, total = [], torch.zeros_like(case.table)
