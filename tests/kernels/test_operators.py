@@ -80,13 +80,16 @@ def test_opcheck_of_the_backward(form: str, with_dot: bool):
     _check(OPERATORS.bag_backward, table, *operands, [], form, sinks, with_dot)
 
 
-def test_opcheck_of_the_gate():
+@pytest.mark.parametrize("transposed", [None, 0, 2], ids=["contiguous", "upstream", "gate"])
+def test_opcheck_of_the_gate(transposed: int | None):
     case = make_case(SHAPE)
-    operands = (
+    operands = [
         case.x.detach(),
         case.weights.detach() @ case.table[:3].detach(),
         case.gate.detach(),
-    )
+    ]
+    if transposed is not None:  # in memory only
+        operands[transposed] = operands[transposed].T.contiguous().T
     _check(OPERATORS.gate_backward, *operands)
 
 

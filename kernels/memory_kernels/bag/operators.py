@@ -102,13 +102,13 @@ def _(table, indices, weights, x, shadow, form, sinks, with_dot):
 
 @torch.library.custom_op("memory_kernels::gate_backward", mutates_args=())
 def gate_backward(grad_output: Tensor, sums: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y = sums * silu(gate) for sums and gate, [T, D] each."""
+    """Gradients of y = sums * silu(gate) for sums and gate, [T, D] each, contiguous."""
     return _implementation(sums).gate_gradients(grad_output, sums, gate)
 
 
 @gate_backward.register_fake
 def _(grad_output, sums, gate):
-    return torch.empty_like(sums), torch.empty_like(gate)
+    return sums.new_empty(sums.shape), gate.new_empty(gate.shape)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

@@ -204,10 +204,11 @@ def gate_sums(sums: Tensor, gate: Tensor) -> Tensor:
 
 
 def gate_gradients(grad_output: Tensor, sums: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `gate_sums` for sums and gate, each in its own dtype, computed in fp32."""
+    """Gradients of `gate_sums` for sums and gate, each in its own dtype and contiguous, computed in
+    fp32."""
     accumulator = torch.promote_types(sums.dtype, torch.float32)
     grad, s, g = (tensor.to(accumulator) for tensor in (grad_output, sums, gate))
     sigmoid = torch.sigmoid(g)
     silu = g * sigmoid
     grad_gate = grad * s * (sigmoid + silu * (1 - sigmoid))
-    return (grad * silu).to(sums.dtype), grad_gate.to(gate.dtype)
+    return (grad * silu).to(sums.dtype).contiguous(), grad_gate.to(gate.dtype).contiguous()
