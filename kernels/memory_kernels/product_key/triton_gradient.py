@@ -14,7 +14,8 @@ gradients for 16k tokens, 4 heads, K = 32, bf16, at 4.3 TB/s of memory, 5.5 of L
 | 4096, 1024 | 4 passes over 1.1 GB and 2200 GFLOP: 4.7 ms | 3.5 ms |
 
 So the matrix products serve up to 2048 half-keys, and the bags more, whose work does not grow with
-N. fp32 stays off tensor cores, where products cost ten times as much, and always takes the bags.
+N, and any number of slots. fp32 stays off tensor cores, where products cost ten times as much, and
+always takes the bags.
 """
 
 import torch
@@ -26,6 +27,8 @@ from memory_kernels.bag import operators as bag
 from memory_kernels.launch import Launch, next_power_of_2
 
 MOST_HALF_KEYS_OF_PRODUCTS = 2048
+# Slots are compared in pairs, in registers: 256 would spill, and more than 1024 do not compile.
+MOST_SLOTS_OF_PRODUCTS = 128
 # Tokens are taken in chunks of as many as have a matrix of this size.
 MATRIX_BYTES = 2**28
 

@@ -96,7 +96,10 @@ def gradients(
     dtypes = query.dtype, keys.dtype
     query, keys = _operands(query, keys)
     is_half_precision = query.element_size() == 2
-    few = keys.shape[2] <= triton_gradient.MOST_HALF_KEYS_OF_PRODUCTS
+    few = (
+        keys.shape[2] <= triton_gradient.MOST_HALF_KEYS_OF_PRODUCTS
+        and indices.shape[2] <= triton_gradient.MOST_SLOTS_OF_PRODUCTS
+    )
     route = (
         triton_gradient.gradients_by_products
         if is_half_precision and few

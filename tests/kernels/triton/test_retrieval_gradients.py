@@ -69,15 +69,17 @@ def test_repeated_slots(route: str, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype, half_keys, route",
+    "dtype, half_keys, num_slots, route",
     [
-        (torch.bfloat16, 18, "products"),
-        (torch.bfloat16, 19, "bags"),
-        (torch.float32, 18, "bags"),
+        (torch.bfloat16, 18, 2, "products"),
+        (torch.bfloat16, 19, 2, "bags"),
+        (torch.bfloat16, 18, 128, "products"),
+        (torch.bfloat16, 18, 129, "bags"),
+        (torch.float32, 18, 2, "bags"),
     ],
     ids=str,
 )
-def test_route(dtype, half_keys: int, route: str, monkeypatch):
+def test_route(dtype, half_keys: int, num_slots: int, route: str, monkeypatch):
     monkeypatch.setattr(triton_gradient, "MOST_HALF_KEYS_OF_PRODUCTS", 18)
     taken = []
     for name in ("products", "bags"):
@@ -89,7 +91,8 @@ def test_route(dtype, half_keys: int, route: str, monkeypatch):
 
         monkeypatch.setattr(triton_gradient, f"gradients_by_{name}", note)
     query, keys = make_inputs(2, 1, half_keys, 4, dtype)
-    slots = torch.tensor([[[3, 60]], [[60, 60]]], device=TEST_DEVICE)
+    slots = torch.tensor([[[3, 60]], [[60, 60]]], device=TEST_DEVICE).repeat(1, 1, 65)
+    slots = slots[..., :num_slots]
     product_key_scores(query, keys, slots).sum().backward()
     assert taken == [route]
 
