@@ -72,7 +72,7 @@ doctor: ## say what is installed, what is missing, and what will be used
 	@$(PYTHON_AT_HAND) tools/doctor.py
 
 clean: ## remove the environment, build outputs and caches; your runs stay
-	rm -rf .venv build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build kernels/build ./*.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 ifneq ($(READY),)
 # Written last, so that an interrupted installation starts again.
