@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memory_kernels import RowGradients, merge_row_gradients, row_dot, weighted_bag
+from memory_kernels.bag.reads import sort_reads
 from tests.kernels.bag_cases import INDEX_DTYPES, SHAPES, Shape, make_case
 
 OPERATORS = {"weighted_bag": (weighted_bag, "weights"), "row_dot": (row_dot, "x")}
@@ -115,6 +116,12 @@ def test_merged_gradients_are_the_sum(dtype):
     torch.testing.assert_close(rows.squared_norms, norms)
     torch.testing.assert_close(merged.norm(), total.norm())
     assert merge_row_gradients(parts[:1]) is parts[0]
+
+
+def test_too_many_reads_are_refused():
+    indices = torch.zeros(1, 1, dtype=torch.int32).expand(2**16, 2**15)
+    with pytest.raises(ValueError, match=r"indices: fewer than 2\^31 reads"):
+        sort_reads(indices, 10)
 
 
 def test_parts_without_a_row_add_nothing():

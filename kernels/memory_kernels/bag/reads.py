@@ -24,7 +24,14 @@ def sort_reads(indices: Tensor, num_rows: int) -> Reads:
     """The reads of indices [T, B], int32 or int64, of a table with num_rows rows.
 
     Half the bytes to sort where int32 holds every row's number.
+
+    Raises:
+        ValueError: 2^31 reads or more, whose places the kernels' int32 does not hold.
     """
+    if indices.numel() >= 2**31:
+        raise ValueError(
+            f"indices: fewer than 2^31 reads in one call wanted, got {list(indices.shape)}"
+        )
     dtype = torch.int32 if num_rows < 2**31 else torch.int64
     # Stable: the order of a row's reads decides the bits of its sum.
     rows, order = torch.sort(indices.reshape(-1).to(dtype), stable=True)

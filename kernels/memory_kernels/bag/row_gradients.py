@@ -94,13 +94,16 @@ def merge_row_gradients(parts: Sequence[RowGradients]) -> RowGradients:
     if len(parts) == 1:
         return parts[0]
     held = [part.trimmed() for part in parts]
-    rows = torch.cat([part.rows for part in held])
+    # Numbered anew: the operator sorts in the least dtype that holds the rows of its table, which
+    # is `gradients` here and not the one that the rows are of.
+    rows, numbers = torch.cat([part.rows for part in held]).unique(return_inverse=True)
     gradients = torch.cat([part.gradients for part in held])
     dtype = parts[0].gradients.dtype
-    merged = RowGradients.empty(gradients, len(rows), dtype)
+    merged = RowGradients.empty(gradients, len(numbers), dtype)
     # A bag of one row a token is the same sum: each token is a row of a part.
-    ones = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
+    ones = torch.ones(len(numbers), 1, dtype=torch.float32, device=rows.device)
     torch.ops.memory_kernels.bag_backward(
-        [gradients], rows[:, None], ones, gradients, [], "rows", merged.buffers(), False
+        [gradients], numbers[:, None], ones, gradients, [], "rows", merged.buffers(), False
     )
+    merged.rows[: len(rows)] = rows
     return merged

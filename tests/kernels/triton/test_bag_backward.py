@@ -344,3 +344,20 @@ def test_merged_row_gradients_are_the_sum(small_slabs):
         parts.append(held)
     merged = merge_row_gradients(parts)
     torch.testing.assert_close(densified(merged, SMALL.rows), total.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_merged_rows_of_a_table_beyond_int32():
+    """What is merged has few rows, whatever the table they are of."""
+    ones = torch.ones(2, 3, device=TEST_DEVICE)
+    parts = [
+        RowGradients(
+            rows=torch.tensor(rows, device=TEST_DEVICE),
+            gradients=ones,
+            squared_norms=ones.square().sum(-1),
+            num_rows=torch.tensor([2], dtype=torch.int32, device=TEST_DEVICE),
+        )
+        for rows in ([5, 2**31 + 3], [5, 2**32 + 5])
+    ]
+    merged = merge_row_gradients(parts).trimmed()
+    assert merged.rows.tolist() == [5, 2**31 + 3, 2**32 + 5]
+    assert merged.gradients.tolist() == [[2.0] * 3, [1.0] * 3, [1.0] * 3]
