@@ -29,6 +29,18 @@ class Fp8Shadow:
     """[S] fp32: the least power of two that the row's largest magnitude is 448 times of or less; 1
     for a row of zeros."""
 
+    def __post_init__(self) -> None:
+        """Kernels write rows at addresses that follow from the shapes alone."""
+        for tensor, dtype in (
+            *((chunk, torch.float8_e4m3fn) for chunk in self.values),
+            (self.scales, torch.float32),
+        ):
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(
+                    f"shadow: contiguous values in {torch.float8_e4m3fn} and scales in "
+                    f"{torch.float32} wanted, got {describe(tensor)} of strides {tensor.stride()}"
+                )
+
     @classmethod
     def of(cls, table: Tensor | Sequence[Tensor]) -> "Fp8Shadow":
         """A shadow of all rows of `table`."""

@@ -148,9 +148,14 @@ def plan_quantize_rows(
     Args:
         rows: [C] the rows to write, each once; or None for all.
         num_rows: [1] how many of them hold, on the device; or None for all.
+
+    Raises:
+        ValueError: 2^31 rows to write or more, which the kernel's int32 does not count.
     """
     num_columns = source[0].shape[1]
     count = sum(len(chunk) for chunk in source) if rows is None else len(rows)
+    if count >= 2**31 - _ELEMENTS_A_PROGRAM:
+        raise ValueError(f"shadow: fewer than 2^31 rows wanted, got {count}")
     block = min(next_power_of_2(num_columns), 2 * _ELEMENTS_A_PROGRAM)
     rows_a_program = max(_ELEMENTS_A_PROGRAM // block, 1)
     read = table_arguments(source)

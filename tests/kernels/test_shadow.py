@@ -68,6 +68,16 @@ def test_another_cut_is_an_error():
         shadow.write(torch.zeros(5, 3, device=TEST_DEVICE))
 
 
+def test_values_at_other_addresses_than_the_shape_says_are_refused():
+    shadow = Fp8Shadow.of(make_table(4, 8))
+    wide = torch.zeros(4, 16, dtype=torch.uint8, device=TEST_DEVICE).view(torch.float8_e4m3fn)
+    for values in (wide[:, :8], shadow.values[0].float().to(torch.float8_e5m2)):
+        with pytest.raises(ValueError, match=r"^shadow: contiguous values in torch.float8_e4m3fn"):
+            Fp8Shadow(values=[values], scales=shadow.scales)
+    with pytest.raises(ValueError, match=r"^shadow: contiguous values"):
+        Fp8Shadow(values=shadow.values, scales=shadow.scales.double())
+
+
 def test_operator_passes_opcheck():
     table = [make_table(3, 4)]
     values = [torch.zeros(3, 4, dtype=torch.uint8, device=TEST_DEVICE)]
