@@ -84,6 +84,8 @@ def kernel_table(chunks: Sequence[Tensor]) -> Tensor:
     return _addresses(tuple(chunk.data_ptr() for chunk in chunks), chunks[0].device)
 
 
-@functools.lru_cache(maxsize=256)
+# A forgotten entry costs a copy that waits for the device, and its memory may be in a CUDA graph
+# that reads it still: more entries than a large model has tables, states and buffers.
+@functools.lru_cache(maxsize=4096)
 def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(pointers, dtype=torch.int64, device=device)
