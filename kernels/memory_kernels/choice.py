@@ -88,5 +88,5 @@ def _say(tensor: Tensor, triton: bool) -> bool:
     if key not in _said and not torch.compiler.is_compiling():
         _said.add(key)
         where = "in Triton's interpreter" if triton and is_interpreted() else f"on {tensor.device}"
-        logger.info("memory kernels: %s %s (--memory-kernels %s)", kind, where, _choice)
+        logger.info("memory kernels: %s %s (use_kernels: %s)", kind, where, _choice)
     return triton

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memory_kernels.checks import check_type
+
 
 def as_chunks(table: Tensor | Sequence[Tensor], name: str = "table") -> list[Tensor]:
     """The table's chunks, checked.
@@ -19,11 +21,12 @@ def as_chunks(table: Tensor | Sequence[Tensor], name: str = "table") -> list[Ten
         ValueError: not [S, D] floating point tensors of one dtype, device and width, whose columns
             are contiguous, in chunks of one size but the last.
     """
-    chunks = [table] if isinstance(table, Tensor) else list(table)
+    chunks = [table] if table is None or isinstance(table, Tensor) else list(table)
     if not chunks:
         raise ValueError(f"{name}: a tensor or a list of row chunks wanted, got an empty list")
     first = chunks[0]
     for chunk in chunks:
+        check_type(name, chunk, Tensor)
         if chunk.dim() != 2 or not chunk.is_floating_point():
             raise ValueError(f"{name}: [S, D] floating point wanted, got {describe(chunk)}")
         if chunk.shape[1] > 1 and chunk.stride(1) != 1:

@@ -41,6 +41,11 @@ class Fp8Shadow:
                     f"{torch.float32} wanted, got {describe(tensor)} of strides {tensor.stride()}"
                 )
 
+    def __repr__(self) -> str:
+        """Shapes and dtypes: the values are too many."""
+        values = ", ".join(map(describe, self.values))
+        return f"Fp8Shadow(values=[{values}], scales={describe(self.scales)})"
+
     @classmethod
     def of(cls, table: Tensor | Sequence[Tensor]) -> "Fp8Shadow":
         """A shadow of all rows of `table`."""

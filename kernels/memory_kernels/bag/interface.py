@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memory_kernels.bag import operators
 from memory_kernels.bag.row_gradients import RowGradients
+from memory_kernels.checks import check_device, check_type
 from memory_kernels.chunks import as_chunks, describe, num_rows
 from memory_kernels.shadow import Fp8Shadow
 
@@ -41,12 +42,13 @@ def weighted_bag(
         [T, D] in the table's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together.
+        IndexError: on the CPU's torch path, indices outside the table.
     """
     chunks = check_reads(table, indices)
-    check_operand("weights", weights, tuple(indices.shape))
+    check_operand("weights", weights, tuple(indices.shape), chunks[0])
     if gate is not None:
-        check_operand("gate", gate, (indices.shape[0], chunks[0].shape[1]))
+        check_operand("gate", gate, (indices.shape[0], chunks[0].shape[1]), chunks[0])
     form, sinks = sinks_of(chunks, indices, main_grad, row_gradients)
     if form != "dense":
         chunks, weights = [chunk.detach() for chunk in chunks], requiring_grad(weights)
@@ -75,10 +77,11 @@ def row_dot(
         [T, B] in the table's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together.
+        IndexError: on the CPU's torch path, indices outside the table.
     """
     chunks = check_reads(table, indices)
-    check_operand("x", x, (indices.shape[0], chunks[0].shape[1]))
+    check_operand("x", x, (indices.shape[0], chunks[0].shape[1]), chunks[0])
     form, sinks = sinks_of(chunks, indices, main_grad, row_gradients)
     if form != "dense":
         chunks, x = [chunk.detach() for chunk in chunks], requiring_grad(x)
@@ -106,6 +109,7 @@ def sinks_of(
         return "main_grad", buffers
     if row_gradients is None:
         return "dense", []
+    check_type("row_gradients", row_gradients, RowGradients)
     capacity, columns = row_gradients.gradients.shape
     least = min(indices.numel(), num_rows(chunks))
     if capacity < least or columns != chunks[0].shape[1]:
@@ -114,7 +118,7 @@ def sinks_of(
             f"{capacity} of {columns}; make it by RowGradients.empty(table, indices.numel())"
         )
     for buffer in row_gradients.buffers():
-        _check_device("row_gradients", buffer, chunks[0])
+        check_device("row_gradients", buffer, chunks[0])
     return "rows", row_gradients.buffers()
 
 
@@ -122,6 +126,7 @@ def shadow_tensors(shadow: Fp8Shadow | None, chunks: list[Tensor]) -> list[Tenso
     """What operators take for a shadow, checked against the table."""
     if shadow is None:
         return []
+    check_type("shadow", shadow, Fp8Shadow)
     _check_cut("shadow", shadow.values, chunks)
     return shadow.tensors()
 
@@ -133,24 +138,22 @@ def _check_cut(name: str, tensors: Sequence[Tensor], chunks: list[Tensor]) -> No
     for tensor, chunk in zip(tensors, chunks, strict=True):
         if tensor.shape != chunk.shape:
             raise ValueError(f"{name}: {list(chunk.shape)} wanted, got {describe(tensor)}")
-        _check_device(name, tensor, chunk)
-
-
-def _check_device(name: str, tensor: Tensor, chunk: Tensor) -> None:
-    """A kernel would write to an address that is another device's."""
-    if tensor.device != chunk.device:
-        raise ValueError(f"{name}: on {chunk.device} wanted, as the table, got {tensor.device}")
+        check_device(name, tensor, chunk)
 
 
 def check_reads(table: Table, indices: Tensor, name: str = "table") -> list[Tensor]:
     """The table's chunks; a ValueError names the table or the indices that do not fit."""
     chunks = as_chunks(table, name)
+    check_type("indices", indices, Tensor)
     if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indices: [T, B] int32 or int64 wanted, got {describe(indices)}")
+    check_device("indices", indices, chunks[0])
     return chunks
 
 
-def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """A ValueError if the tensor is not of that shape, floating point."""
+def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...], chunk: Tensor) -> None:
+    """A ValueError if it is not a floating point tensor of that shape, on the table's device."""
+    check_type(name, tensor, Tensor)
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         raise ValueError(f"{name}: {list(shape)} floating point wanted, got {describe(tensor)}")
+    check_device(name, tensor, chunk)

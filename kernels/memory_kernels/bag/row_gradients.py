@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memory_kernels.chunks import as_chunks, num_rows
+from memory_kernels.chunks import as_chunks, describe, num_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,11 @@ class RowGradients:
             squared_norms=torch.empty(capacity, dtype=torch.float32, device=device),
             num_rows=torch.zeros(1, dtype=torch.int32, device=device),
         )
+
+    def __repr__(self) -> str:
+        """Shapes and dtypes: most of the values are undefined, and all of them too many."""
+        gradients = describe(self.gradients)
+        return f"RowGradients(gradients={gradients}, device={self.gradients.device})"
 
     def buffers(self) -> list[Tensor]:
         """rows, gradients, squared_norms, num_rows."""
@@ -90,7 +95,12 @@ def merge_row_gradients(parts: Sequence[RowGradients]) -> RowGradients:
 
     Waits for the device. Sums are accumulated in fp32, in the order of the parts, and rounded to
     the first part's dtype.
+
+    Raises:
+        ValueError: no part.
     """
+    if not parts:
+        raise ValueError("row_gradients: one or more to be merged wanted, got none")
     if len(parts) == 1:
         return parts[0]
     held = [part.trimmed() for part in parts]

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memory_kernels.bag.row_gradients import fill
-from memory_kernels.chunks import gather_rows, rows_by_chunk
+from memory_kernels.checks import check_in_table
+from memory_kernels.chunks import gather_rows, num_rows, rows_by_chunk
 from memory_kernels.shadow import dequantize_rows
 
 # Sums of this size are added to their rows while they are in the cache. Measured on two cores, 65k
@@ -61,6 +62,7 @@ def bag_backward(
     with_dot: bool,
 ) -> Tensor:
     """Fills the sinks and returns the dots; see the operator of this name in operators.py."""
+    check_in_table("indices", indices, num_rows(table))
     num_filled = 0
     for rows, sums in row_gradient_parts(indices, weights, x):
         if form == "rows":
@@ -123,6 +125,7 @@ def _one_tensor(
 ) -> tuple[Tensor, Tensor]:
     """torch's operators read one tensor of a usual dtype: the table, or of several chunks and of
     fp8 values a copy of the rows that are read, and their numbers in it."""
+    check_in_table("indices", indices, num_rows(table))
     if len(table) == 1 and not shadow:
         return table[0], indices
     rows, numbers = indices.long().unique(return_inverse=True)

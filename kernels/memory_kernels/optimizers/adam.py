@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory_kernels.checks import check_device, check_in_table, check_type
+from memory_kernels.chunks import num_rows
 from memory_kernels.optimizers import operators
 from memory_kernels.optimizers.base import RowOptimizer
 
@@ -107,9 +109,19 @@ class RowAdam(RowOptimizer):
         Args:
             indices: for each table the rows, of any shape, int32 or int64, in any order and
                 repeated or not; None if none. One table's may stand alone.
+
+        Raises:
+            ValueError: not a tensor on the table's device for each table.
+            IndexError: on the CPU, indices outside the table.
         """
         for number, rows in enumerate(self._for_tables("indices", indices)):
-            if rows is not None and rows.numel():
+            if rows is None:
+                continue
+            chunks = self.param_groups[number]["params"]
+            check_type("indices", rows, Tensor)
+            check_device("indices", rows, chunks[0])
+            check_in_table("indices", rows, num_rows(chunks))
+            if rows.numel():
                 self._catch_up(number, rows.reshape(-1).long())
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memory_kernels.bag.row_gradients import RowGradients, merge_row_gradients
+from memory_kernels.checks import check_device, check_in_table, check_type
 from memory_kernels.chunks import as_chunks, describe, num_rows
 from memory_kernels.optimizers.precision import join_master
 from memory_kernels.shadow import Fp8Shadow
@@ -54,18 +55,30 @@ class RowOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a table; the group is a dict as in the constructor."""
         group = dict(param_group)
+        self._check_keys(group)
         shadow = group.pop("shadow", None)
         chunks = as_chunks(group["params"])
         group["params"] = chunks
         if chunks[0].dtype not in _DTYPES:
-            raise ValueError(f"table: fp32 or bf16 wanted, got {describe(chunks[0])}")
+            raise ValueError(f"table: fp32, bf16 or fp64 wanted, got {describe(chunks[0])}")
         if shadow is not None:
+            check_type("shadow", shadow, Fp8Shadow)
             shadow.check_cut(chunks)
         self._check_options({**self.defaults, **group})
         super().add_param_group(group)
         self._shadows.append(shadow)
         for chunk in chunks:
             self.state[chunk] = self._initial_state(chunk.detach(), self.param_groups[-1])
+
+    def _check_keys(self, group: dict[str, Any]) -> None:
+        # torch keeps what it does not know, and a misspelt shadow would go stale unseen. A
+        # scheduler that resumes wants `initial_lr`.
+        known = ["params", "shadow", *self.defaults, "initial_lr"]
+        for key in group:
+            if key not in known:
+                raise ValueError(f"{key}: no option of a table; known are {', '.join(known)}")
+        if "params" not in group:
+            raise ValueError(f"params: the dict of a table has it, got {', '.join(group)}")
 
     def _check_options(self, options: dict[str, Any]) -> None:
         for name in ("lr", "eps"):
@@ -106,10 +119,13 @@ class RowOptimizer(torch.optim.Optimizer):
             The norm before clipping, on the device, if max_norm is given.
 
         Raises:
-            ValueError: gradients that do not fit the tables; both max_norm and scale.
+            ValueError: gradients that do not fit the tables; max_norm not above 0, or with scale.
+            IndexError: on the CPU, gradients of rows outside the table.
         """
         if max_norm is not None and scale is not None:
             raise ValueError("max_norm and scale: one of them, not both")
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(f"max_norm: above 0 wanted, got {max_norm}")
         merged = [
             self._checked(gradient, group)
             for gradient, group in zip(
@@ -154,7 +170,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _for_tables(self, name: str, given: Any) -> list[Any]:
         """What was given for each table."""
-        if given is None or isinstance(given, (RowGradients, Tensor)):
+        if not isinstance(given, Sequence):
             given = [given]
         elif len(self.param_groups) == 1 and len(given) != 1:
             given = [given]  # several of the only table
@@ -168,7 +184,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if gradient is None:
             return None
         chunks = group["params"]
-        parts = [gradient] if isinstance(gradient, RowGradients) else list(gradient)
+        parts = list(gradient) if isinstance(gradient, Sequence) else [gradient]
         if not parts:
             return None
         for part in parts:
@@ -223,6 +239,7 @@ def _as_group(table: Any) -> dict[str, Any]:
 
 
 def _check_gradient(part: RowGradients, chunks: list[Tensor]) -> None:
+    check_type("gradients", part, RowGradients)
     capacity = part.rows.shape[0]
     wanted = [(capacity,), (capacity, chunks[0].shape[1]), (capacity,), (1,)]
     if [tuple(buffer.shape) for buffer in part.buffers()] != wanted:
@@ -235,13 +252,11 @@ def _check_gradient(part: RowGradients, chunks: list[Tensor]) -> None:
             f"gradients: int64 rows and floating point gradients wanted, got {part.rows.dtype} and "
             f"{part.gradients.dtype}"
         )
-    if part.gradients.device != chunks[0].device:
-        raise ValueError(
-            f"gradients: on the table's device wanted, {chunks[0].device}, got "
-            f"{part.gradients.device}"
-        )
+    for buffer in part.buffers():
+        check_device("gradients", buffer, chunks[0])
     if not part.gradients.is_contiguous():
         raise ValueError("gradients: contiguous buffers wanted; make them by RowGradients.empty")
+    check_in_table("gradients: rows", part.rows, num_rows(chunks), part.num_rows)
 
 
 def _check_state(saved: dict[str, Tensor], ours: dict[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """The public call. Axes: T tokens, B experts read a token, S experts, D columns."""
 
+from typing import Any
+
 from torch import Tensor
 
 from memory_kernels.bag.interface import (
@@ -11,6 +13,8 @@ from memory_kernels.bag.interface import (
     sinks_of,
 )
 from memory_kernels.bag.row_gradients import RowGradients
+from memory_kernels.checks import check_device
+from memory_kernels.chunks import as_chunks
 from memory_kernels.peer import operators
 from memory_kernels.shadow import Fp8Shadow
 
@@ -44,21 +48,23 @@ def peer_experts(
         [T, D] in v's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together.
+        IndexError: on the CPU's torch path, indices outside the tables.
     """
-    chunks_u, chunks_v = check_reads(u, indices, "u"), check_reads(v, indices, "v")
+    chunks_u, chunks_v = check_reads(u, indices, "u"), as_chunks(v, "v")
+    check_device("v", chunks_v[0], chunks_u[0], "u")
     if [c.shape for c in chunks_u] != [c.shape for c in chunks_v]:
         raise ValueError("v: the shape and chunks of u wanted, the experts are rows of both")
-    check_operand("weights", weights, tuple(indices.shape))
-    check_operand("x", x, (indices.shape[0], chunks_u[0].shape[1]))
-    main_u, main_v = main_grads or (None, None)
-    rows_u, rows_v = row_gradients or (None, None)
+    check_operand("weights", weights, tuple(indices.shape), chunks_u[0])
+    check_operand("x", x, (indices.shape[0], chunks_u[0].shape[1]), chunks_u[0])
+    main_u, main_v = _pair("main_grads", main_grads)
+    rows_u, rows_v = _pair("row_gradients", row_gradients)
     form, sinks_u = sinks_of(chunks_u, indices, main_u, rows_u)
     _, sinks_v = sinks_of(chunks_v, indices, main_v, rows_v)
     if form != "dense":
         chunks_u, chunks_v = [c.detach() for c in chunks_u], [c.detach() for c in chunks_v]
         weights = requiring_grad(weights)
-    shadow_u, shadow_v = shadows or (None, None)
+    shadow_u, shadow_v = _pair("shadows", shadows)
     y, _ = operators.peer_experts(
         chunks_u,
         chunks_v,
@@ -72,3 +78,12 @@ def peer_experts(
         sinks_v,
     )
     return y
+
+
+def _pair(name: str, given: Any) -> tuple[Any, Any]:
+    """What was given for u and what for v."""
+    if given is None:
+        return None, None
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise ValueError(f"{name}: a pair wanted, for u and for v, got {type(given).__name__}")
+    return given[0], given[1]

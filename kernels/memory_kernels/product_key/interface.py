@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from memory_kernels.checks import check_device, check_type
 from memory_kernels.product_key import operators
 
 
@@ -27,7 +28,7 @@ def product_key_topk(
         fp32, best first; of equal scores, the lower index first.
 
     Raises:
-        ValueError: shapes that do not fit together, or k out of range.
+        ValueError: shapes or devices that do not fit together, or k out of range.
     """
     _check(query, keys, k)
     weights, indices = operators.product_key_topk(query, keys, k, normalize)
@@ -35,6 +36,8 @@ def product_key_topk(
 
 
 def _check(query: Tensor, keys: Tensor, k: int) -> None:
+    for name, tensor in (("query", query), ("keys", keys)):
+        check_type(name, tensor, Tensor)
     if query.dim() != 3:
         raise ValueError(f"query: [T, H, Dk] wanted, got {list(query.shape)}")
     num_heads, key_dim = query.shape[1:]
@@ -43,6 +46,7 @@ def _check(query: Tensor, keys: Tensor, k: int) -> None:
             f"keys: [H, 2, N, Dk / 2] = [{num_heads}, 2, N, {key_dim / 2:g}] wanted, got "
             f"{list(keys.shape)}"
         )
+    check_device("keys", keys, query, "query")
     if not 1 <= k <= keys.shape[2]:
         raise ValueError(f"k: 1 to the {keys.shape[2]} half-keys wanted, got {k}")
 
@@ -56,13 +60,16 @@ def product_key_scores(query: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
         indices: [T, H, K], int32 or int64, each in [0, N * N).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together.
+        IndexError: on the CPU's torch path, indices out of range.
     """
     _check(query, keys, 1)
+    check_type("indices", indices, Tensor)
     fits = indices.dim() == 3 and indices.shape[:2] == query.shape[:2]
     if not fits or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"indices: [{query.shape[0]}, {query.shape[1]}, K] int32 or int64 wanted, got "
             f"{list(indices.shape)} {indices.dtype}"
         )
+    check_device("indices", indices, query, "query")
     return operators.product_key_scores(query, keys, indices)

@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from memory_kernels.checks import check_in_table
+
 
 def slot_dtype(num_half_keys: int) -> torch.dtype:
     """int32 where N * N slots fit it, else int64."""
@@ -38,6 +40,7 @@ def scores(query: Tensor, keys: Tensor, indices: Tensor) -> Tensor:
 
     From the same products as those of `topk`, so that a slot has one score to the bit.
     """
+    check_in_table("indices", indices, keys.shape[2] ** 2)
     i, j = _half_indices(indices, keys.shape[2])
     first, second = half_scores(query, keys)
     return (first.gather(-1, i) + second.gather(-1, j)).transpose(0, 1).contiguous()

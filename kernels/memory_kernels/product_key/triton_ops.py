@@ -39,7 +39,8 @@ def topk(query: Tensor, keys: Tensor, k: int, normalize: bool) -> tuple[Tensor, 
     if num_half_keys > _MOST_HALF_KEYS or k > _MOST_K:
         raise ValueError(
             f"product_key_topk: on Triton at most {_MOST_HALF_KEYS} half-keys and k = {_MOST_K}, "
-            f"got {num_half_keys} and k = {k}; the torch path takes more: --memory-kernels torch"
+            f"got {num_half_keys} and k = {k}; the torch path takes more: "
+            'use_kernels("torch")'
         )
     indices = query.new_empty(num_tokens, num_heads, k, dtype=slot_dtype(num_half_keys))
     weights = query.new_empty(num_tokens, num_heads, k, dtype=torch.float32)

@@ -158,7 +158,7 @@ def _gradient_with(**changes) -> RowGradients:
     "call, message",
     [
         (lambda t: RowSGD(t), "tables: a list of tables"),
-        (lambda t: RowSGD([t.half()]), "table: fp32 or bf16 wanted"),
+        (lambda t: RowSGD([t.half()]), "table: fp32, bf16 or fp64 wanted"),
         (lambda t: RowSGD([[t, t[:, :2].contiguous()]]), "table: chunks of one dtype"),
         (lambda t: RowSGD([t], master="fp32"), "master: exact, stochastic or None"),
         (lambda t: RowSGD([t], lr=-1.0), "lr: 0 or more"),
@@ -185,11 +185,48 @@ def _gradient_with(**changes) -> RowGradients:
             lambda t: RowSGD([t]).step(_gradient_with(rows=torch.zeros(5, dtype=torch.int32))),
             "gradients: int64 rows",
         ),
+        (lambda t: RowSGD([t]).step(torch.ones_like(t)), "gradients: RowGradients wanted, got Ten"),
+        (lambda t: RowSGD([t]).step(_gradient_with(), max_norm=-1.0), "max_norm: above 0"),
+        (lambda t: RowSGD([{"params": t, "shadw": None}]), "shadw: no option.*shadow, lr, step"),
+        (lambda t: RowSGD([{"lr": 1.0}]), "params: the dict of a table"),
+        (lambda t: RowSGD([{"params": t, "shadow": t}]), "shadow: Fp8Shadow wanted, got Tensor"),
+        (lambda t: RowAdam([t]).prepare([0]), "indices: Tensor wanted, got int"),
+        (
+            lambda t: RowAdam([t]).prepare(torch.zeros(1, device="meta").long()),
+            "indices: on .*meta",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(call, message: str):
     with pytest.raises(ValueError, match=message):
         call(make_table(7, 3))
+
+
+@pytest.mark.skipif(TEST_DEVICE != "cpu", reason="nothing waits for a GPU to look at values")
+def test_rows_of_another_table_change_nothing():
+    table = make_table(7, 3)
+    before, optimizer = table.clone(), RowAdam([table])
+    gradient = _gradient_with()
+    gradient.rows[1] = 7
+    with pytest.raises(IndexError, match=r"^gradients: rows: each in \[0, 7\) .* largest 7 "):
+        optimizer.step(gradient)
+    assert torch.equal(table, before)
+    gradient.num_rows.fill_(1)  # what does not hold may be anything
+    optimizer.step(gradient)
+    with pytest.raises(IndexError, match="^indices: each in .* smallest -1"):
+        optimizer.prepare(torch.tensor([3, -1]))
+
+
+def test_schedulers_add_options():
+    optimizer = RowSGD([make_table(7, 3)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step(None)
+    scheduler.step()
+    again = RowSGD([make_table(7, 3)])
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["lr"] == 0.5
+    resumed = RowSGD([{"params": make_table(7, 3), "initial_lr": 1.0}])
+    torch.optim.lr_scheduler.LambdaLR(resumed, lambda step: 0.5**step, last_epoch=2)
 
 
 def test_betas_may_not_change():
