@@ -217,6 +217,7 @@ def test_the_program_gathers_its_processes(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "retrieval forward + backward" in done.stdout and "Summary: of 0" in done.stdout
+    assert done.stdout.endswith("the figures mean nothing\n")
     assert not list(tmp_path.iterdir())
 
 

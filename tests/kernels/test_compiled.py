@@ -115,6 +115,18 @@ def test_a_regression_is_named(tmp_path):
     assert f"bag_sum D=1024 bf16 on sm_90: {has} registers, recorded {had}" in report.stdout
 
 
+def test_launches_are_listed_and_chosen_by_name():
+    listed = run(REPORT, "--list", "--only", "^bag_sum D=1024 bf16$")
+    assert (listed.returncode, listed.stdout) == (0, "bag_sum D=1024 bf16\n")
+    nothing = run(REPORT, "--only", "bag_som")
+    assert nothing.returncode == 2
+    assert "no launch has --only 'bag_som' in its name; --list prints" in nothing.stderr
+    wrong = run(REPORT, "--only", "bag_sum(")
+    assert wrong.returncode == 2
+    assert "argument --only: 'bag_sum(' is no regular expression" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
 @pytest.mark.parametrize(
     ("num_warps", "registers", "shared", "warps"),
     [

@@ -3,11 +3,24 @@
     python kernels/benchmarks/compile_report.py           the main configurations
     python kernels/benchmarks/compile_report.py --all     every configuration that ships
     python kernels/benchmarks/compile_report.py --record  write the main ones to registers.json
+    python kernels/benchmarks/compile_report.py --list    print the names of the main ones
 
-Ends with 1 if a launch does not compile, keeps data on a stack, spills registers, reads rows in
-pieces where 16 bytes fit, or takes more of the GPU than registers.json has for this Triton. Under
-another Triton: pip install --no-deps --target FOLDER triton==3.6.0, then PYTHONPATH=FOLDER before
-the command.
+| column | is |
+|---|---|
+| registers | of a thread |
+| warps/SM | that a multiprocessor holds at a time, of 64, by registers and shared memory |
+| shared | bytes of shared memory a block |
+| stack | bytes a thread of arrays that live in memory: 0 wanted |
+| spills | instructions that load or store spilled registers: 0 wanted |
+| 16 B loads, 16 B stores | "n of m": of m instructions on global memory n move 16 bytes a thread |
+| MMA | instructions for the tensor cores |
+
+They count instructions in the code, not how often they run. A problem, and the exit status 1, is a
+launch that does not compile, has a stack or spills, of which no block fits on a multiprocessor or
+whose grid is too large for CUDA; one over rows of 16-byte multiples that gets less than 40% of its
+bytes by 16-byte loads; and a main one that takes more than registers.json has for this Triton: over
+8 registers more, fewer warps/SM, fewer 16-byte loads. Under another Triton: pip install --no-deps
+--target FOLDER triton==3.6.0, then PYTHONPATH=FOLDER before the command.
 """
 
 import argparse
@@ -53,7 +66,7 @@ class Row:
 
 
 def main() -> int:
-    """The exit code: 1 if anything is wrong."""
+    """The exit code: 1 if anything is wrong, 2 if nothing was chosen."""
     arguments = parse_arguments()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         sys.exit("compile_report: TRITON_INTERPRET=1 leaves nothing to compile; unset it")
@@ -61,12 +74,17 @@ def main() -> int:
         sys.exit(f"compile_report: this is triton {triton.__version__}: {triton.__file__}")
     started = time.monotonic()
     launches = shipped()
-    uncovered = [] if arguments.only else kernels_without_launch(launches, main=not arguments.all)
-    chosen = [
-        one
-        for one in launches
-        if (one.main or arguments.all) and re.search(arguments.only, one.name)
-    ]
+    uncovered = (
+        [] if arguments.only.pattern else kernels_without_launch(launches, main=not arguments.all)
+    )
+    offered = [one for one in launches if one.main or arguments.all]
+    chosen = [one for one in offered if arguments.only.search(one.name)]
+    if not chosen:
+        print(nothing_chosen(arguments, launches), file=sys.stderr)
+        return 2
+    if arguments.list:
+        print("\n".join(one.name for one in chosen))
+        return 0
     rows = compile_all(chosen, arguments.arch, arguments.jobs)
     recorded = read_limits(arguments.limits).get(triton_key(), {})
     if arguments.record:
@@ -101,7 +119,14 @@ def parse_arguments() -> argparse.Namespace:
         help="compute capabilities",
     )
     parser.add_argument(
-        "--only", default="", metavar="PATTERN", help="launches whose name matches this expression"
+        "--only",
+        type=expression,
+        default="",
+        metavar="PATTERN",
+        help="launches in whose name this regular expression is found",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of the launches; compile nothing"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -115,6 +140,21 @@ def parse_arguments() -> argparse.Namespace:
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile"
     )
     return parser.parse_args()
+
+
+def expression(text: str) -> re.Pattern:
+    """The regular expression of --only."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def nothing_chosen(arguments: argparse.Namespace, launches: list[Shipped]) -> str:
+    """What is said where --only finds no launch."""
+    elsewhere = sum(bool(arguments.only.search(one.name)) for one in launches)
+    mend = f"--all has {elsewhere}" if elsewhere else "--list prints the names, --list --all of all"
+    return f"compile_report: no launch has --only {arguments.only.pattern!r} in its name; {mend}"
 
 
 def compile_all(launches: list[Shipped], archs: list[int], jobs: int) -> list[Row]:

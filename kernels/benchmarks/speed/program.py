@@ -10,6 +10,7 @@ from benchmarks.speed.report import environment, markdown, write_results
 from benchmarks.speed.results import Row, summary
 from benchmarks.speed.worker import MODULES, work
 
+QUICK = "--quick: tiny sizes, to see that everything runs; the figures mean nothing"
 RESULTS = SCRIPT.parent / "results"
 
 
@@ -22,15 +23,15 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     facts = environment(args.commit)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     if args.quick:
-        print(
-            "--quick: tiny sizes, to see that everything runs; the figures mean nothing", flush=True
-        )
+        print(QUICK, flush=True)
     rows: list[Row] = []
     limits: dict[str, str] = {}
     for name in args.benchmarks:
         measured, limits[name] = in_processes(args, name)
         rows += measured
     print("\n" + "\n".join(summary(rows)))
+    if args.quick:
+        print(QUICK)
     if args.results:
         text = markdown(rows, limits, facts, _command(args))
         part = "" if len(args.benchmarks) == len(MODULES) else "-".join(args.benchmarks)
