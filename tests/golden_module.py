@@ -79,7 +79,7 @@ def golden_gradients(layer, tensors: dict[str, Tensor], position: int) -> list[t
 
 def _pairs(layer, tensors: dict[str, Tensor], prefix: str) -> list[tuple]:
     """(parameter, golden tensor) for everything that the file has of this layer."""
-    router, group = layer.router, layer.tp_group
+    router, group = layer.router, layer.group.tp
     pairs = [
         (router.query.weight, tensors[f"{prefix}query_proj.query_mlps.0.weight"]),
         (router.query.bias, tensors[f"{prefix}query_proj.query_mlps.0.bias"]),

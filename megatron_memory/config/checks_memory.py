@@ -6,6 +6,10 @@ from megatron_memory.config.placement import resolve_memory_layers
 from megatron_memory.config.schema import Config
 from megatron_memory.exceptions import ConfigurationError
 
+MIN_COLUMNS = 32
+"""Of a row on one rank, where `--memory-parallel-size` splits it: 64 bytes of bf16, two sectors of
+a GPU's memory, and the blocks in which tables are initialised."""
+
 
 def memory_problems(config: Config) -> Iterator[str]:
     """Messages for all that cannot work; none for a model without memory."""
@@ -26,15 +30,7 @@ def _placement_problems(config: Config) -> Iterator[str]:
 
 def _shape_problems(config: Config) -> Iterator[str]:
     memory = config.memory
-    ranks = config.parallel.tensor_model_parallel_size
-    if memory.value_dim % ranks:
-        lower = memory.value_dim // ranks * ranks
-        nearest = f"{lower} or {lower + ranks}" if lower else f"{ranks}"
-        yield (
-            f"--memory-value-dim {memory.value_dim} is not divisible by "
-            f"--tensor-model-parallel-size {ranks}: each rank holds an equal number of the "
-            f"table's columns. Choose for example {nearest}."
-        )
+    yield from _column_problems(config)
     if memory.key_dim % 2:
         yield (
             f"--memory-key-dim {memory.key_dim} is odd: a key has two halves. "
@@ -60,18 +56,37 @@ def _shape_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _column_problems(config: Config) -> Iterator[str]:
+    width, neighbours = config.memory.value_dim, config.memory.parallel_size
+    tensor_ranks = config.parallel.tensor_model_parallel_size
+    ranks, shown = tensor_ranks, f"--tensor-model-parallel-size {tensor_ranks}"
+    if neighbours > 1:
+        ranks *= neighbours
+        shown += f" x --memory-parallel-size {neighbours} = {ranks}"
+    if width % ranks:
+        lower = width // ranks * ranks
+        nearest = f"{lower} or {lower + ranks}" if lower else f"{ranks}"
+        yield (
+            f"--memory-value-dim {width} is not divisible by {shown}: each rank holds an equal "
+            f"number of the table's columns. Choose for example {nearest}."
+        )
+    elif neighbours > 1 and width // ranks < MIN_COLUMNS:
+        fitting = [m for m in range(1, neighbours) if width % (tensor_ranks * m) == 0]
+        most = max(m for m in fitting if m == 1 or width // (tensor_ranks * m) >= MIN_COLUMNS)
+        yield (
+            f"--memory-value-dim {width} / ({shown}) leaves each rank {width // ranks} columns of "
+            f"the table: rows are read at random, and fewer than {MIN_COLUMNS} columns of bf16 "
+            f"waste most of each read. Give --memory-parallel-size {most}, or at least "
+            f"--memory-value-dim {MIN_COLUMNS * ranks}."
+        )
+
+
 def _combination_problems(config: Config) -> Iterator[str]:
     memory = config.memory
     if config.model.num_experts is not None:
         yield (
             f"--memory-layers {memory.layers} and --num-experts {config.model.num_experts} "
             "cannot be in one model yet: leave one of them away."
-        )
-    if memory.parallel_size > 1:
-        yield (
-            f"--memory-parallel-size {memory.parallel_size} is not built yet: the table is split "
-            "over the tensor-parallel ranks alone. Use 1, and raise "
-            "--tensor-model-parallel-size for a larger table."
         )
     if memory.fp8_values and not config.precision.bf16:
         yield (

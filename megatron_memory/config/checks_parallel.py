@@ -1,5 +1,6 @@
 """Checks of the parallel sizes, and of the batch and model against them."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_memory.config.schema import Config
@@ -101,6 +102,15 @@ def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
             f"The run has {world_size} processes, so {copies} data-parallel ranks, which is not a "
             f"multiple of --expert-model-parallel-size {parallel.expert_model_parallel_size}: "
             "start more processes, or lower that size."
+        )
+    neighbours = config.memory.parallel_size
+    if copies % neighbours:
+        yield (
+            f"The run has {world_size} processes, so {copies} data-parallel ranks ({sizes} = "
+            f"{model_ranks} processes each), which is not a multiple of --memory-parallel-size "
+            f"{neighbours}: that many share a table's columns. Start a multiple of "
+            f"{model_ranks * neighbours} processes, or give --memory-parallel-size "
+            f"{math.gcd(copies, neighbours)}."
         )
     sequences = training.micro_batch_size * copies
     if training.global_batch_size % sequences:

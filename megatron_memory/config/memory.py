@@ -57,7 +57,8 @@ class MemoryConfig:
     value_clip_grad: float = option(1.0, at_least=0)
     """Largest norm of the values' gradient, apart from all other parameters'. 0: no clipping."""
     parallel_size: int = option(1, at_least=1)
-    """Data-parallel neighbours over which the table's columns are split further."""
+    """Data-parallel neighbours over which the table's columns are split further: each looks up the
+    tokens of all in its own columns. For tables that the tensor-parallel ranks cannot hold."""
     fp8_values: bool = False
     """Read the values in fp8 (e4m3, a scale a row), which halves the bytes read; the bf16 values
     stay what is trained and saved. Takes another byte a value. Needs --bf16."""

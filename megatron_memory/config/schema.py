@@ -64,6 +64,14 @@ class Config:
             * self.parallel.context_parallel_size
         )
 
+    @property
+    def expert_group_size(self) -> int:
+        """Data-parallel neighbours that share the experts, or the memory's columns: Megatron's
+        groups serve either, which are never in one model."""
+        if self.memory.enabled:
+            return self.memory.parallel_size
+        return self.parallel.expert_model_parallel_size
+
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in a run of `world_size` ranks."""
         return world_size // self.model_parallel_size

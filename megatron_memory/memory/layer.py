@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel.mappings import (
     all_to_all_hp2sp,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -24,6 +23,7 @@ from megatron.core.utils import init_method_normal
 from torch import Tensor
 
 from megatron_memory.memory.config import MemoryTransformerConfig
+from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.routing import MemoryRouter, Route, share_route
 from megatron_memory.memory.table import TableRead, ValueTable
 from megatron_memory.memory.usage import SlotUsage
@@ -58,10 +58,10 @@ class MemoryLayer(MegatronModule):
         self,
         config: MemoryTransformerConfig,
         submodules: MemoryLayerSubmodules,
-        tp_group: torch.distributed.ProcessGroup,
+        group: MemoryGroup,
     ):
         super().__init__(config)
-        self.tp_group = tp_group
+        self.group = group
         self.layer_number = 0
         """Counted from 1 over the whole model; Megatron sets it."""
         self.usage: SlotUsage | None = None
@@ -87,7 +87,7 @@ class MemoryLayer(MegatronModule):
             skip_bias_add=False,
             is_expert=False,
             tp_comm_buffer_name="fc1",
-            tp_group=self.tp_group,
+            tp_group=self.group.tp,
         )
 
     def _linear_fc2(self, submodules: MemoryLayerSubmodules) -> torch.nn.Module:
@@ -102,7 +102,7 @@ class MemoryLayer(MegatronModule):
             skip_bias_add=True,
             is_expert=False,
             tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
+            tp_group=self.group.tp,
         )
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -138,41 +138,48 @@ class MemoryLayer(MegatronModule):
         return self.config.memory.variant == "peer"
 
     def _read_values(self, x: Tensor, route: Route) -> Tensor:
-        """[T, C]: all tokens of the tensor-parallel group, this rank's columns; memory+'s are
-        gated."""
-        indices, weights = share_route(route, self.config, self.tp_group)
+        """[T, D / TP]: all tokens of the tensor-parallel group, its share of the columns; memory+'s
+        are gated."""
+        indices, weights = share_route(route, self.config, self.group)
         gate = None if self.linear_fc1 is None else self.linear_fc1(x)[0].flatten(0, 1)
         values = self._table("values")(weights)
-        return weighted_bag(values.chunks, indices, values.operand, gate, **values.options())
+        if gate is None or self.group.num_neighbours == 1:
+            y = weighted_bag(values.chunks, indices, values.operand, gate, **values.options())
+            return self.group.columns_to_tokens(y)
+        # The gate's columns are the neighbours', too: it waits for theirs of y, which saves sending
+        # its own.
+        y = weighted_bag(values.chunks, indices, values.operand, **values.options())
+        return self.group.columns_to_tokens(y) * F.silu(gate)
 
     def _read_peer(self, x: Tensor, route: Route) -> Tensor:
-        """[T, C]: all tokens of the tensor-parallel group, this rank's columns."""
-        indices, weights = share_route(route, self.config, self.tp_group)
-        return self._sum_experts(indices, weights, self._own_columns_of_all_tokens(x))
+        """[T, D / TP]: all tokens of the tensor-parallel group, its share of the columns."""
+        indices, weights = share_route(route, self.config, self.group)
+        x = self.group.tokens_to_columns(self._share_of_columns(x))
+        return self.group.columns_to_tokens(self._sum_experts(indices, weights, x))
 
     def _sum_experts(self, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
         """Sum over b of weights[t, b] * gelu(u . x[t]) * v, for the rows u and v of indices[t, b].
 
         One operator where a rank has all columns and its gradient goes to both tables or to none.
-        Else in parts: one all-reduce of [T, H * K] completes the dot products before the GELU.
+        Else in parts: one all-reduce of [M * T, H * K] completes the dot products before the GELU.
         """
         table_u, table_v = self._table("values_u"), self._table("values_v")
-        if self.tp_group.size() == 1 and table_u.learns == table_v.learns:
+        if self.group.whole.size() == 1 and table_u.learns == table_v.learns:
             return _sum_whole_experts(table_u(x), table_v(weights), indices)
         u = table_u(x)
         products = row_dot(u.chunks, indices, u.operand, **u.options())
-        products = reduce_from_tensor_model_parallel_region(products.float(), group=self.tp_group)
-        products = copy_to_tensor_model_parallel_region(products, group=self.tp_group)
+        products = self.group.sum_over_columns(products.float())
         v = table_v(weights * F.gelu(products))
         return weighted_bag(v.chunks, indices, v.operand, **v.options())
 
-    def _own_columns_of_all_tokens(self, x: Tensor) -> Tensor:
+    def _share_of_columns(self, x: Tensor) -> Tensor:
+        """[T, D / TP]: all tokens of the tensor-parallel group."""
         if self.config.sequence_parallel:
-            x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        elif self.tp_group.size() > 1:
-            x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
-        columns = self.config.memory_value_dim // self.tp_group.size()
-        return x.reshape(-1, x.shape[-1]).narrow(-1, self.tp_group.rank() * columns, columns)
+            x = gather_from_sequence_parallel_region(x, group=self.group.tp)
+        elif self.group.tp.size() > 1:
+            x = copy_to_tensor_model_parallel_region(x, group=self.group.tp)
+        columns = self.config.memory_value_dim // self.group.tp.size()
+        return x.reshape(-1, x.shape[-1]).narrow(-1, self.group.tp.rank() * columns, columns)
 
     def _table(self, name: str) -> ValueTable:
         return self.__dict__["tables"].get_submodule(name)
@@ -185,7 +192,7 @@ class MemoryLayer(MegatronModule):
             return F.dropout(y, rate)
 
     def _project(self, num_sequences: int, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From this rank's columns of all tokens to all columns of this rank's tokens."""
+        """From D / TP columns of the tensor-parallel group's tokens to this rank's tokens whole."""
         if self.linear_fc2 is None:
             return self._exchange_columns(y).view(-1, num_sequences, self.config.hidden_size), None
         output, bias = self.linear_fc2(y.view(-1, num_sequences, y.shape[-1]))
@@ -193,11 +200,11 @@ class MemoryLayer(MegatronModule):
         return output, bias.view_as(bias)
 
     def _exchange_columns(self, y: Tensor) -> Tensor:
-        if self.tp_group.size() == 1:
+        if self.group.tp.size() == 1:
             return y
         if self.config.sequence_parallel:
-            return all_to_all_hp2sp(y, group=self.tp_group)
-        return gather_from_tensor_model_parallel_region(y, group=self.tp_group)
+            return all_to_all_hp2sp(y, group=self.group.tp)
+        return gather_from_tensor_model_parallel_region(y, group=self.group.tp)
 
 
 def _sum_whole_experts(u: TableRead, v: TableRead, indices: Tensor) -> Tensor:

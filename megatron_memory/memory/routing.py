@@ -8,15 +8,12 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
-)
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from megatron_memory.memory.config import MemoryTransformerConfig
+from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.initialization import init_keys_
 from memory_kernels import product_key_topk
 from memory_kernels.product_key import product_key_scores
@@ -126,20 +123,15 @@ def routing_randomness(config: MemoryTransformerConfig):
 
 
 def share_route(
-    route: Route, config: MemoryTransformerConfig, tp_group: torch.distributed.ProcessGroup
+    route: Route, config: MemoryTransformerConfig, group: MemoryGroup
 ) -> tuple[Tensor, Tensor]:
-    """Every token's (index, weight) on every tensor-parallel rank: [T, H * K] each.
+    """Every token's (index, weight) on every rank that holds columns: [M * T, H * K] each.
 
     A rank holds only some columns of the table, so the weights' gradient is a sum over the ranks.
-    Under sequence parallelism that is the backward of the gather; otherwise the weights are copied,
-    and it is the copy's.
     """
     indices, weights = route.indices.flatten(1), route.weights.flatten(1)
-    if tp_group.size() == 1:
-        return indices, weights
-    if config.sequence_parallel:
-        return (
-            gather_from_sequence_parallel_region(indices, group=tp_group),
-            gather_from_sequence_parallel_region(weights, group=tp_group),
-        )
-    return indices, copy_to_tensor_model_parallel_region(weights, group=tp_group)
+    sequence_parallel = config.sequence_parallel
+    return (
+        group.gather_tokens(indices, sequence_parallel=sequence_parallel),
+        group.gather_tokens(weights, sequence_parallel=sequence_parallel),
+    )

@@ -1,4 +1,4 @@
-"""Value tables, split by columns over the tensor-parallel ranks and cut into chunks of rows."""
+"""Value tables, split by columns over the memory group's ranks and cut into chunks of rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from megatron_memory.memory.config import MemoryTransformerConfig
+from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.initialization import init_table_columns_
 from memory_kernels import Fp8Shadow
 
@@ -20,7 +21,7 @@ MAX_CHUNK_ELEMENTS = 2**28
 
 
 class ValueTable(MegatronModule):
-    """S rows of D values, of which this rank holds C = D / tensor-parallel-size columns.
+    """S rows of D values, of which this rank holds C = D / (TP * M) columns.
 
     The rows are one parameter `weight`, or in large tables several, `weight_0` and so on: chunks of
     one size, of which only the last may be smaller.
@@ -32,7 +33,7 @@ class ValueTable(MegatronModule):
         config: the model's.
         num_readers: layers of this rank that read the table, each once in a microbatch.
         table_number: tells the tables of a model apart, for their initial values.
-        tp_group: tensor-parallel process group.
+        group: the ranks that share the columns.
         seed: of the run, for the initial values.
     """
 
@@ -42,25 +43,25 @@ class ValueTable(MegatronModule):
         *,
         num_readers: int,
         table_number: int,
-        tp_group: torch.distributed.ProcessGroup,
+        group: MemoryGroup,
         seed: int,
     ):
         super().__init__(config)
-        self.tp_group = tp_group
+        self.group = group
         self.num_readers = num_readers
         self.on_gradient_ready: Callable[[], None] | None = None
         """Called in backward once every reader has added its part; DDP's overlap needs it."""
         self._num_reads_done = 0
         self._shadow: Fp8Shadow | None = None
         self._shadow_is_stale = True
-        columns = config.memory_value_dim // tp_group.size()
+        columns = group.columns(config.memory_value_dim)
         self._chunk_names = self._make_chunks(config, columns)
         self.register_load_state_dict_post_hook(lambda module, keys: module.weights_changed())
         if config.perform_initialization:
             init_table_columns_(
                 self.chunks,
                 std=config.memory_value_dim**-0.5,
-                first_column=tp_group.rank() * columns,
+                first_column=group.first_column(config.memory_value_dim),
                 seed=seed,
                 table_number=table_number,
             )
@@ -145,10 +146,11 @@ class ValueTable(MegatronModule):
         return self._shadow
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
-        """The table as one tensor [S, D], however it is cut: by tensor-parallel ranks in dimension
-        1, and by chunks in dimension 0."""
+        """The table as one tensor [S, D], however it is cut: by the group's ranks in dimension 1,
+        and by chunks in dimension 0."""
         assert not sharded_offsets, "the tables are the model's, not a layer's"
-        replica = (0, 0, metadata["dp_cp_group"].rank())
+        replica = (0, 0, self.group.copies.rank())
+        first_column = self.group.first_column(self.config.memory_value_dim)
         sharded, first_row = {}, 0
         for name, chunk in zip(self._chunk_names, self.chunks, strict=True):
             rows, columns = chunk.shape
@@ -158,7 +160,7 @@ class ValueTable(MegatronModule):
                 dtype=chunk.dtype,
                 local_shape=(rows, columns),
                 global_shape=(self.config.memory_num_slots, self.config.memory_value_dim),
-                global_offset=(first_row, self.tp_group.rank() * columns),
+                global_offset=(first_row, first_column),
                 # Not a regular grid: the last chunk may be smaller.
                 axis_fragmentations=None,
                 replica_id=replica,
@@ -212,23 +214,23 @@ class MemoryTables(MegatronModule):
     Args:
         config: the model's.
         layers: the memory layers on this rank, counted from 0 over the whole model.
-        tp_group: tensor-parallel process group.
+        group: the ranks that share the columns.
     """
 
     def __init__(
         self,
         config: MemoryTransformerConfig,
         layers: tuple[int, ...],
-        tp_group: torch.distributed.ProcessGroup,
+        group: MemoryGroup,
     ):
         super().__init__(config)
         self.share_scope = config.memory.share_scope
         owners = ["shared"] if self.share_scope == "model" else [f"layer_{i}" for i in layers]
         for owner in owners:
             number = 0 if owner == "shared" else 1 + int(owner.removeprefix("layer_"))
-            self.add_module(owner, self._tables(config, number, layers, tp_group))
+            self.add_module(owner, self._tables(config, number, layers, group))
 
-    def _tables(self, config, number: int, layers, tp_group) -> "_OwnedTables":
+    def _tables(self, config, number: int, layers, group: MemoryGroup) -> "_OwnedTables":
         num_readers = len(layers) if self.share_scope == "model" else 1
         names = ("values_u", "values_v") if config.memory.variant == "peer" else ("values",)
         return _OwnedTables(
@@ -238,7 +240,7 @@ class MemoryTables(MegatronModule):
                     config,
                     num_readers=num_readers,
                     table_number=2 * number + i,
-                    tp_group=tp_group,
+                    group=group,
                     seed=config.memory_seed,
                 )
                 for i, name in enumerate(names)

@@ -155,6 +155,8 @@ def count(config: Config, found: list[Weight], *, on_one_rank: bool) -> dict[Par
         size = weight.size
         if on_one_rank and weight.is_split:
             size //= config.parallel.tensor_model_parallel_size
+        if on_one_rank and weight.part == "values":
+            size //= config.memory.parallel_size
         if on_one_rank and weight.part == "experts":
             size //= config.parallel.expert_model_parallel_size
         totals[weight.part] += size
@@ -246,7 +248,8 @@ def fp8_shadow_bytes(config: Config) -> int:
     memory, tables = config.memory, _num_tables(config)
     if not memory.fp8_values:
         return 0
-    columns = memory.value_dim // config.parallel.tensor_model_parallel_size
+    ranks = config.parallel.tensor_model_parallel_size * memory.parallel_size
+    columns = memory.value_dim // ranks
     return tables * memory.num_values * (columns + 4)
 
 
@@ -270,7 +273,8 @@ def activation_bytes(config: Config, padded_vocab_size: int) -> int:
         scores = tokens * model.seq_length * model.num_attention_heads
         layer += scores * (2 * element + 1) // ranks
     rows = config.memory.num_heads * (config.memory.top_k + config.memory.num_random_values)
-    # Half-key scores, then index and weight of each row read.
+    # Half-key scores, then index and weight of each row read, by the neighbours' tokens too.
     scores = 2 * config.memory.num_heads * config.memory.num_half_keys * 4
-    routes = len(memory_layers(config)) * tokens * (scores + rows * 12)
+    shared = (config.memory.parallel_size - 1) * rows * 8
+    routes = len(memory_layers(config)) * tokens * (scores + rows * 12 + shared)
     return model.num_layers * layer + routes + logits

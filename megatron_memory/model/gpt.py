@@ -6,6 +6,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_memory.config import Config
 from megatron_memory.memory.config import MemoryTransformerConfig
+from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.layer import MemoryLayer
 from megatron_memory.memory.table import MemoryTables
 from megatron_memory.model.config import build_transformer_config
@@ -33,13 +34,14 @@ class MemoryGPTModel(GPTModel):
     ):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-        spec = memory_block_spec(config, pg_collection.tp)
+        group = MemoryGroup.of(pg_collection)
+        spec = memory_block_spec(config, group)
         super().__init__(config, spec, pg_collection=pg_collection, **kwargs)
         self.memory: MemoryTables | None = None
         layers = self.memory_layers()
         if layers:
             numbers = tuple(layer.layer_number - 1 for layer in layers)
-            self.memory = MemoryTables(config, numbers, pg_collection.tp)
+            self.memory = MemoryTables(config, numbers, group)
             for layer, number in zip(layers, numbers, strict=True):
                 layer.bind(self.memory.of_layer(number))
 

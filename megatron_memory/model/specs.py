@@ -3,7 +3,6 @@ ones."""
 
 from dataclasses import replace
 
-import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import ModuleSpec
@@ -12,13 +11,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_memory.memory.config import MemoryTransformerConfig
+from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.layer import MemoryLayer, MemoryLayerSubmodules
 from megatron_memory.model.norms import norm_class
 from megatron_memory.optional import require
 
 
 def memory_block_spec(
-    config: MemoryTransformerConfig, tp_group: torch.distributed.ProcessGroup
+    config: MemoryTransformerConfig, group: MemoryGroup
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the block's final norm."""
     block = get_gpt_decoder_block_spec(
@@ -28,7 +28,7 @@ def memory_block_spec(
     )
     offset = get_transformer_layer_offset(config)
     layers = [
-        _with_memory(spec, config, tp_group) if offset + i in config.memory_layers else spec
+        _with_memory(spec, config, group) if offset + i in config.memory_layers else spec
         for i, spec in enumerate(block.layer_specs)
     ]
     if config.transformer_impl == "local":
@@ -38,14 +38,14 @@ def memory_block_spec(
 
 
 def _with_memory(
-    spec: ModuleSpec, config: MemoryTransformerConfig, tp_group: torch.distributed.ProcessGroup
+    spec: ModuleSpec, config: MemoryTransformerConfig, group: MemoryGroup
 ) -> ModuleSpec:
     """The layer with a memory for its MLP, and a norm before it that is not fused into fc1."""
     local = config.transformer_impl == "local"
     backend = LocalSpecProvider() if local else _transformer_engine_provider()
     memory = ModuleSpec(
         module=MemoryLayer,
-        params={"tp_group": tp_group},
+        params={"group": group},
         submodules=MemoryLayerSubmodules(
             linear_fc1=backend.column_parallel_linear(),
             linear_fc2=backend.row_parallel_linear(),

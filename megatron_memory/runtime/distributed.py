@@ -32,7 +32,7 @@ def initialize_distributed(config: Config, backend: Backend) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_model_parallel_size=config.expert_group_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     seed_everything(config.training.seed)

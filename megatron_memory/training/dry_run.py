@@ -27,7 +27,7 @@ def dry_run(config: Config) -> int:
         ConfigurationError: the configuration cannot work with so many ranks.
         DataError: the tokenizer cannot be read.
     """
-    smallest = config.model_parallel_size * config.parallel.expert_model_parallel_size
+    smallest = config.model_parallel_size * config.expert_group_size
     world_size = int(os.environ.get("WORLD_SIZE", smallest))
     check_config(config, world_size)
     from megatron_memory.runtime import prepare_megatron
@@ -102,15 +102,23 @@ def _placement(config: Config, world_size: int) -> Iterator[str]:
     which = {"auto": "Triton on GPUs that run it, else torch", "triton": "Triton", "torch": "torch"}
     read = "in fp8" if memory.fp8_values else "as they are stored"
     yield f"  kernels: {which[memory.kernels]}; values are read {read}"
-    columns = memory.value_dim // ranks
-    for rank in range(ranks):
-        first = rank * columns
-        members = _members(rank, ranks, world_size)
+    neighbours = memory.parallel_size
+    if neighbours > 1:
+        yield (
+            f"  groups of {ranks * neighbours} ranks share a table's columns: {ranks} "
+            f"tensor-parallel x {neighbours} data-parallel neighbours"
+        )
+    columns = memory.value_dim // (ranks * neighbours)
+    for block in range(ranks * neighbours):
+        first = block * columns
+        # A rank of the group counts tensor-parallel ranks first, a block neighbours first.
+        member = block // neighbours + block % neighbours * ranks
+        members = _members(member, ranks * neighbours, world_size)
         yield f"  {members}: columns {first} to {first + columns - 1} of each table"
 
 
-def _members(tensor_rank: int, ranks: int, world_size: int) -> str:
-    members = list(range(tensor_rank, world_size, ranks))
+def _members(first: int, step: int, world_size: int) -> str:
+    members = list(range(first, world_size, step))
     if len(members) == 1:
         return f"rank {members[0]}"
     shown = ", ".join(map(str, members[:3])) + (", ..." if len(members) > 3 else "")
@@ -120,9 +128,14 @@ def _members(tensor_rank: int, ranks: int, world_size: int) -> str:
 def _memory(config: Config, world_size: int, padded: int) -> Iterator[str]:
     one = count(config, weights(config, padded), on_one_rank=True)
     copies = config.data_parallel_size(world_size)
-    parts = {"values": one["values"], "the rest": sum(one.values()) - one["values"]}
+    parts = {
+        "values": (one["values"], copies // config.memory.parallel_size),
+        "the rest": (sum(one.values()) - one["values"], copies),
+    }
     figures = {
-        name: rank_memory(config, number, copies) for name, number in parts.items() if number
+        name: rank_memory(config, number, shards)
+        for name, (number, shards) in parts.items()
+        if number
     }
     activations = activation_bytes(config, padded)
     shadow = fp8_shadow_bytes(config)

@@ -36,10 +36,6 @@ from tests.config.test_checks import assert_one_problem, problem
             ("--memory-layers 1", "--num-experts 4", "leave one"),
         ),
         (
-            "--memory-layers 1 --memory-parallel-size 2",
-            ("--memory-parallel-size 2", "not built yet", "Use 1"),
-        ),
-        (
             "--memory-layers 1 --memory-fp8-values",
             ("--memory-fp8-values", "fp32", "add --bf16"),
         ),
@@ -70,6 +66,47 @@ def test_columns_that_cannot_be_split(value_dim, ranks, mend):
             f"Choose for example {mend}.",
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "parts"),
+    [
+        (
+            "--memory-value-dim 90 --memory-key-dim 8 --memory-parallel-size 4",
+            4,
+            ("--memory-value-dim 90", "x --memory-parallel-size 4 = 4:", "for example 88 or 92."),
+        ),
+        (
+            "--memory-parallel-size 4 --tensor-model-parallel-size 2 --memory-value-dim 128",
+            8,
+            ("--memory-value-dim 128", "2 x --memory-parallel-size 4 = 8)", "16 columns")
+            + ("Give --memory-parallel-size 2, or", "at least --memory-value-dim 256."),
+        ),
+        (
+            "--memory-parallel-size 2 --tensor-model-parallel-size 2",
+            4,
+            ("--memory-value-dim 64", "16 columns", "Give --memory-parallel-size 1, or"),
+        ),
+        (
+            "--memory-parallel-size 4 --memory-value-dim 128 --tensor-model-parallel-size 2",
+            4,
+            ("4 processes", "2 data-parallel ranks", "--tensor-model-parallel-size 2")
+            + ("--memory-parallel-size 4", "multiple of 8 processes")
+            + ("give --memory-parallel-size 2.",),
+        ),
+    ],
+)
+def test_columns_over_data_parallel_neighbours(arguments, world_size, parts):
+    arguments = f"--memory-layers 1 --global-batch-size 24 {arguments}"
+    message = problem(arguments, world_size)
+    for part in parts:
+        assert part in message
+
+
+def test_memory_parallel_sizes_that_work():
+    for neighbours in (1, 2):
+        flags = f"--memory-layers 1 --memory-parallel-size {neighbours}"
+        check_config(parse(flags), world_size=4)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "triton", "torch"])

@@ -5,6 +5,7 @@ models are further apart, so the greedy texts are equal token by token. In bf16 
 see there.
 """
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -107,6 +108,18 @@ def test_a_model_trained_with_sequence_parallelism(tmp_path):
     expected = on_one[3]
     for texts in (on_one, *(texts for _, (texts,) in on_two)):
         _check_greedy_texts(texts, expected)
+
+
+@pytest.mark.distributed
+def test_a_model_trained_with_columns_over_data_parallel_neighbours(tmp_path):
+    config = tiny_config(tmp_path)
+    memory = dataclasses.replace(config.memory, parallel_size=2)
+    ours, theirs = run_ranks(save_model, 2, dataclasses.replace(config, memory=memory))
+    assert ours == theirs
+    ((on_one,),) = run_ranks(observe, 1, tmp_path, 1, [greedy_texts])
+    on_two = run_ranks(observe, 2, tmp_path, 2, [greedy_texts])
+    for texts in (on_one, *(texts for (texts,) in on_two)):
+        _check_greedy_texts(texts, ours)
 
 
 def test_learned_positions(tmp_path):

@@ -74,7 +74,7 @@ def _check_case(name: str, tensor_parallel_size: int, sequence_parallel: bool) -
     grad_output = _own_positions(tensors["grad_output"].transpose(0, 1), sequence_parallel)
     hidden.backward(grad_output.contiguous())
     if sequence_parallel:
-        _sum_partial_gradients(layers, layers[0].tp_group)
+        _sum_partial_gradients(layers, layers[0].group.tp)
     golden = _own_positions(tensors["grad.input"].transpose(0, 1), sequence_parallel)
     _assert_close("grad of the input", x.grad, golden)
     for position, layer in enumerate(layers):

@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[dict, dict]] = {
 
 def _config(name: str, **options) -> Config:
     model, memory = MODELS[name]
+    memory = memory | {"parallel_size": options.pop("parallel_size", 1)}
     return Config(
         model=ModelConfig(
             num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=SEQUENCE, **model
@@ -93,13 +94,13 @@ def _all_real_counts(configs: list[Config]) -> list[dict[str, int]]:
     return [_real_counts(config) for config in configs]
 
 
-@pytest.mark.parametrize("tensor_ranks", [1, 2])
-def test_parameters_are_those_of_the_real_model(tensor_ranks: int):
+@pytest.mark.parametrize("tensor_ranks, neighbours", [(1, 1), (2, 1), (1, 2)])
+def test_parameters_are_those_of_the_real_model(tensor_ranks: int, neighbours: int):
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor_ranks, sequence_parallel=tensor_ranks > 1
     )
-    configs = [_config(name, parallel=parallel) for name in MODELS]
-    ranks = run_ranks(_all_real_counts, tensor_ranks, configs)
+    configs = [_config(name, parallel=parallel, parallel_size=neighbours) for name in MODELS]
+    ranks = run_ranks(_all_real_counts, tensor_ranks * neighbours, configs)
     for real_on_ranks in ranks:
         for name, config, real in zip(MODELS, configs, real_on_ranks, strict=True):
             assert count(config, weights(config, VOCAB), on_one_rank=True) == real, name

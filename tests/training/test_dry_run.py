@@ -65,6 +65,27 @@ def test_any_number_of_ranks(capsys: pytest.CaptureFixture, monkeypatch: pytest.
     )
 
 
+def test_columns_over_data_parallel_neighbours(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    parallel = ["--tensor-model-parallel-size", "2", "--use-distributed-optimizer"]
+    flags = [*PAPER, "--memory-layers", "4,12,20", *parallel, "--memory-parallel-size", "4"]
+    assert any("8 ranks = 2 tensor-parallel x 4 data" in line for line in _lines(flags, capsys))
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    lines = _lines(flags, capsys)
+    assert (
+        "  groups of 8 ranks share a table's columns: 2 tensor-parallel x 4 data-parallel "
+        "neighbours"
+    ) in lines
+    # Rank 2 is the first tensor-parallel rank's second data-parallel neighbour.
+    assert "  ranks 2, 10: columns 256 to 511 of each table" in lines
+    assert "  ranks 1, 9: columns 1024 to 1279 of each table" in lines
+    assert "  memory values: 2,147,483,648; on each rank 268,435,456" in lines
+    values = next(line for line in lines if line.startswith("  values:"))
+    # As at TP 8, but the states have two ranks to share them, and everything else has eight.
+    assert "gradients (fp32) 1.00 GiB, main weights (fp32) 512.00 MiB" in values
+
+
 def test_values_in_fp8_are_counted(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     def total(lines: list[str]) -> float:
         line = next(line for line in lines if line.startswith("Memory on each rank"))
