@@ -4,7 +4,10 @@ Axes: T tokens of a rank's tensor-parallel group, C columns of the table on this
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     all_to_all_hp2sp,
@@ -15,6 +18,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_memory.memory.exchange import Exchange
+
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,15 @@ class MemoryGroup:
     def columns_to_tokens(self, y: Tensor) -> Tensor:
         """[T, M * C], own tokens, from [M * T, C], own columns."""
         return y if self.num_neighbours == 1 else all_to_all_hp2sp(y, group=self.neighbours)
+
+    def columns_to_tokens_meanwhile(self, y: Tensor, compute: Callable[[], R]) -> tuple[Tensor, R]:
+        """`columns_to_tokens(y)`, and what is computed while it is under way.
+
+        `compute` must not communicate over `neighbours`.
+        """
+        exchange = Exchange(y, self.neighbours)
+        computed = compute()
+        return torch.cat(exchange.received().chunk(self.num_neighbours), dim=-1), computed
 
     def tokens_to_columns(self, x: Tensor) -> Tensor:
         """[M * T, C], own columns, from [T, M * C], own tokens."""

@@ -141,15 +141,21 @@ class MemoryLayer(MegatronModule):
         """[T, D / TP]: all tokens of the tensor-parallel group, its share of the columns; memory+'s
         are gated."""
         indices, weights = share_route(route, self.config, self.group)
-        gate = None if self.linear_fc1 is None else self.linear_fc1(x)[0].flatten(0, 1)
+        fc1 = self.linear_fc1
+        if fc1 is None:
+            return self.group.columns_to_tokens(self._sum_values(indices, weights))
+        if self.group.num_neighbours == 1:
+            return self._sum_values(indices, weights, _project_gate(fc1, x))
+        # Gating before the exchange would need the neighbours' gates: more to send.
+        y, gate = self.group.columns_to_tokens_meanwhile(
+            self._sum_values(indices, weights), lambda: _project_gate(fc1, x)
+        )
+        return y * F.silu(gate)
+
+    def _sum_values(self, indices: Tensor, weights: Tensor, gate: Tensor | None = None) -> Tensor:
+        """[M * T, C]: the weighted sums of rows, times silu(gate) where it is given."""
         values = self._table("values")(weights)
-        if gate is None or self.group.num_neighbours == 1:
-            y = weighted_bag(values.chunks, indices, values.operand, gate, **values.options())
-            return self.group.columns_to_tokens(y)
-        # The gate's columns are the neighbours', too: it waits for theirs of y, which saves sending
-        # its own.
-        y = weighted_bag(values.chunks, indices, values.operand, **values.options())
-        return self.group.columns_to_tokens(y) * F.silu(gate)
+        return weighted_bag(values.chunks, indices, values.operand, gate, **values.options())
 
     def _read_peer(self, x: Tensor, route: Route) -> Tensor:
         """[T, D / TP]: all tokens of the tensor-parallel group, its share of the columns."""
@@ -205,6 +211,11 @@ class MemoryLayer(MegatronModule):
         if self.config.sequence_parallel:
             return all_to_all_hp2sp(y, group=self.group.tp)
         return gather_from_tensor_model_parallel_region(y, group=self.group.tp)
+
+
+def _project_gate(linear_fc1: torch.nn.Module, x: Tensor) -> Tensor:
+    """[T, D / TP]: before the silu."""
+    return linear_fc1(x)[0].flatten(0, 1)
 
 
 def _sum_whole_experts(u: TableRead, v: TableRead, indices: Tensor) -> Tensor:
