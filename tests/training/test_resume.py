@@ -135,36 +135,36 @@ def test_resume_on_another_layout(case: str, dataset: str, tmp_path: Path):
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)
 
 
+DISTOPT = {"use_distributed_optimizer": True}
+OVERLAP = DISTOPT | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+TP2 = {"tensor_model_parallel_size": 2}
 MEMORY_PARALLEL = {
-    "plain": ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "distopt": (
-        {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
-        | {"overlap_param_gather": True},
-        {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True},
-    ),
+    "plain": (2, [({}, 2), (TP2 | {"sequence_parallel": True}, 1), ({}, 2)]),
+    "distopt": (2, [(OVERLAP, 2), (TP2 | DISTOPT, 1), (OVERLAP, 2)]),
+    "distopt-four-ranks": (4, [(DISTOPT, 2), (TP2 | OVERLAP, 2), (DISTOPT, 4)]),
 }
+"""Ranks, then flags and M of three parts of a run."""
 
 
 @pytest.mark.parametrize("case", MEMORY_PARALLEL)
 def test_resume_with_the_columns_on_other_ranks(case: str, dataset: str, tmp_path: Path):
-    """From two data-parallel neighbours to two tensor-parallel ranks and back, states included."""
-    neighbours, tensor_ranks = MEMORY_PARALLEL[case]
-    layouts = [(neighbours, 2), (tensor_ranks, 1), (neighbours, 2)]
+    """From data-parallel neighbours to tensor-parallel ranks and back, states included."""
+    world_size, layouts = MEMORY_PARALLEL[case]
     optimizer = dict(lr=1e-2, lr_decay_iters=20, adam_eps=1e-4)
-    memory = dict(layers="0,1", num_heads=2, top_k=4, num_half_keys=8, value_dim=64)
+    memory = dict(layers="0,1", num_heads=2, top_k=4, num_half_keys=8, value_dim=128)
     plain = tiny_config(dataset, optimizer=optimizer, memory=memory)
     save = str(tmp_path / "checkpoints")
-    configs = [change(plain, "training", exit_interval=9)]
+    parts = []
     for number, (parallel, parallel_size) in enumerate(layouts):
         part = change(change(plain, "parallel", **parallel), "memory", parallel_size=parallel_size)
         part = change(part, "training", exit_interval=3 * number + 3)
-        configs.append(change(part, "checkpoint", save=save, load=save if number else None))
-    (reference,) = run_ranks(runs, 1, configs[:1])[0]
-    ranks = run_ranks(runs, 2, configs[1:])
-    for parts in ranks:
-        assert [part.iterations for part in parts] == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-        losses = [loss for part in parts for loss in part.losses]
+        parts.append(change(part, "checkpoint", save=save, load=save if number else None))
+    (reference,) = run_ranks(runs, 1, [change(plain, "training", exit_interval=9)])[0]
+    ranks = run_ranks(runs, world_size, parts)
+    for seen in ranks:
+        assert [part.iterations for part in seen] == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+        losses = [loss for part in seen for loss in part.losses]
         assert losses == pytest.approx(reference.losses, abs=2e-5)
-    ours = assemble([parts[-1].weights for parts in ranks])
+    ours = assemble([seen[-1].weights for seen in ranks])
     for name, tensor in assemble([reference.weights]).items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)
