@@ -23,7 +23,6 @@ from memory_kernels.bag.triton_sinks import finish_row
 from memory_kernels.launch import Launch, ceil_div
 
 SLABS_A_GROUP = 64
-_PIECES_IN_FLIGHT = 8
 
 
 @triton.jit
@@ -196,7 +195,7 @@ def plan_sum_groups(
             SLAB=slab,
             GROUP=group,
             BLOCK=block,
-            PIECES=_PIECES_IN_FLIGHT,
+            PIECES=pieces_in_flight(num_columns),
         ),
         num_warps=1,
     )
@@ -226,11 +225,17 @@ def plan_sum_pieces(
             SLAB=slab,
             GROUP=group,
             BLOCK=block,
-            PIECES=_PIECES_IN_FLIGHT,
+            PIECES=pieces_in_flight(num_columns),
             **sink,
         ),
         num_warps=1,
     )
+
+
+def pieces_in_flight(num_columns: int) -> int:
+    """How many pieces a program loads at once. Where Triton does not know that rows begin at
+    multiples of 16 bytes, each number has an address and a mask of its own, and eight spill."""
+    return 8 if num_columns % 16 == 0 else 4
 
 
 def new_pieces(num_reads: int, num_columns: int, slab: int, device: torch.device) -> Tensor:
