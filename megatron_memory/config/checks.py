@@ -299,12 +299,17 @@ def _folder_problems(config: Config) -> Iterator[str]:
 
 
 def _layer_problems(config: Config, is_cuda: bool, has_transformer_engine: bool) -> Iterator[str]:
+    context = config.parallel.context_parallel_size
     needs = {
         "--transformer-impl transformer_engine": (
-            config.model.transformer_impl == "transformer_engine",
+            config.model.transformer_impl == "transformer_engine" and context == 1,
             "use --transformer-impl local",
         ),
         "--moe-grouped-gemm": (config.model.moe_grouped_gemm, "leave it away"),
+        f"--context-parallel-size {context}": (
+            context > 1,
+            "use 1, with --sequence-parallel or --recompute-activations for long sequences",
+        ),
     }
     for flag, (asked, alternative) in needs.items():
         if asked and not is_cuda:

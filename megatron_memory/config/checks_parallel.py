@@ -11,6 +11,7 @@ def parallel_problems(config: Config, world_size: int) -> Iterator[str]:
     yield from _unsupported_sizes(config)
     yield from _tensor_split_problems(config)
     yield from _sequence_split_problems(config)
+    yield from _context_split_problems(config)
     yield from _overlap_problems(config)
     yield from _world_size_problems(config, world_size)
 
@@ -21,11 +22,6 @@ def _unsupported_sizes(config: Config) -> Iterator[str]:
         yield (
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} is not built "
             "yet: use 1, with --tensor-model-parallel-size and data parallelism."
-        )
-    if parallel.context_parallel_size > 1:
-        yield (
-            f"--context-parallel-size {parallel.context_parallel_size} is not built yet: use 1, "
-            "with --sequence-parallel or --recompute-activations for long sequences."
         )
 
 
@@ -53,6 +49,7 @@ def _tensor_split_problems(config: Config) -> Iterator[str]:
 
 def _sequence_split_problems(config: Config) -> Iterator[str]:
     ranks, seq_length = config.parallel.tensor_model_parallel_size, config.model.seq_length
+    context = config.parallel.context_parallel_size
     if not config.parallel.sequence_parallel:
         return
     if ranks == 1:
@@ -61,10 +58,40 @@ def _sequence_split_problems(config: Config) -> Iterator[str]:
             "--tensor-model-parallel-size is 1: raise it, or leave --sequence-parallel away "
             "(--no-sequence-parallel undoes a configuration file)."
         )
-    elif seq_length % ranks:
+    elif seq_length % (context * ranks) and context == 1:
         yield (
             f"--seq-length {seq_length} is not divisible by --tensor-model-parallel-size {ranks}, "
             f"as --sequence-parallel needs: choose a multiple of {ranks}."
+        )
+    elif seq_length % (context * ranks):
+        yield (
+            f"--seq-length {seq_length} is not divisible by --context-parallel-size {context} x "
+            f"--tensor-model-parallel-size {ranks}, as --sequence-parallel needs: choose a "
+            f"multiple of {math.lcm(2 * context, context * ranks)}."
+        )
+
+
+def _context_split_problems(config: Config) -> Iterator[str]:
+    ranks, seq_length = config.parallel.context_parallel_size, config.model.seq_length
+    if ranks == 1:
+        return
+    if seq_length % (2 * ranks):
+        yield (
+            f"--seq-length {seq_length} is not divisible by 2 x --context-parallel-size {ranks}: "
+            "each rank has one piece from the front half of a sequence and one from the back. "
+            f"Choose a multiple of {2 * ranks}."
+        )
+    if config.data.reset_attention_mask:
+        yield (
+            f"--reset-attention-mask does not work with --context-parallel-size {ranks}, whose "
+            "attention makes its own causal mask: leave one of them away."
+        )
+    if config.model.transformer_impl == "local":
+        yield (
+            f"--context-parallel-size {ranks} splits attention over ranks, which "
+            "--transformer-impl local cannot do: use --transformer-impl transformer_engine on "
+            "GPUs, or --context-parallel-size 1 with --sequence-parallel or "
+            "--recompute-activations for long sequences."
         )
 
 
@@ -97,25 +124,35 @@ def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
         )
         return
     copies = config.data_parallel_size(world_size)
-    if copies % parallel.expert_model_parallel_size:
-        yield (
-            f"The run has {world_size} processes, so {copies} data-parallel ranks, which is not a "
-            f"multiple of --expert-model-parallel-size {parallel.expert_model_parallel_size}: "
-            "start more processes, or lower that size."
-        )
-    neighbours = config.memory.parallel_size
-    if copies % neighbours:
-        yield (
-            f"The run has {world_size} processes, so {copies} data-parallel ranks ({sizes} = "
-            f"{model_ranks} processes each), which is not a multiple of --memory-parallel-size "
-            f"{neighbours}: that many share a table's columns. Start a multiple of "
-            f"{model_ranks * neighbours} processes, or give --memory-parallel-size "
-            f"{math.gcd(copies, neighbours)}."
-        )
+    yield from _neighbour_problems(config, world_size, sizes)
     sequences = training.micro_batch_size * copies
     if training.global_batch_size % sequences:
         yield (
             f"--global-batch-size {training.global_batch_size} is not divisible by "
             f"--micro-batch-size {training.micro_batch_size} x {copies} data-parallel ranks = "
             f"{sequences}: choose a multiple of {sequences}, or a smaller --micro-batch-size."
+        )
+
+
+def _neighbour_problems(config: Config, world_size: int, sizes: str) -> Iterator[str]:
+    """Megatron's expert groups, whose ranks are neighbours in data and context parallelism."""
+    context, model_ranks = config.parallel.context_parallel_size, config.model_parallel_size
+    ranks, kind = config.data_parallel_size(world_size) * context, "data-parallel ranks"
+    if context > 1:
+        kind = "data- and context-parallel ranks"
+    experts = config.parallel.expert_model_parallel_size
+    if ranks % experts:
+        yield (
+            f"The run has {world_size} processes, so {ranks} {kind}, which is not a multiple of "
+            f"--expert-model-parallel-size {experts}: start more processes, or lower that size."
+        )
+    neighbours = config.memory.parallel_size
+    if ranks % neighbours:
+        smallest = math.lcm(model_ranks, model_ranks // context * neighbours)
+        yield (
+            f"The run has {world_size} processes, so {ranks} {kind} ({sizes} = {model_ranks} "
+            f"processes for a copy of the model), which is not a multiple of "
+            f"--memory-parallel-size {neighbours}: that many share a table's columns. Start a "
+            f"multiple of {smallest} processes, or give --memory-parallel-size "
+            f"{math.gcd(ranks, neighbours)}."
         )

@@ -15,7 +15,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, at_least=1)
     """Processes that share the layers. Only 1 works so far."""
     context_parallel_size: int = option(1, at_least=1)
-    """Processes that share a sequence in attention. Only 1 works so far."""
+    """Processes that share each sequence, attention included. More than 1 needs Transformer
+    Engine."""
     expert_model_parallel_size: int = option(1, at_least=1)
     """Processes that share the experts of a mixture-of-experts baseline."""
     sequence_parallel: bool = False

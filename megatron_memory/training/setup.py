@@ -109,5 +109,12 @@ def _connect(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> No
 
 
 def data_parallel_group() -> torch.distributed.ProcessGroup:
-    """The ranks with other samples of the same global batch."""
+    """The ranks with other tokens of the same global batch: other samples, or under context
+    parallelism other parts of the same ones."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def sample_group() -> torch.distributed.ProcessGroup:
+    """The ranks with other samples of the same global batch; under context parallelism several
+    share theirs, and this group has one of them."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=False)

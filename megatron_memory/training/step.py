@@ -5,12 +5,19 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_memory.data.context import share_of_sequences
 from megatron_memory.optimizer import MemoryOptimizer
-from megatron_memory.training.setup import TrainingSetup, data_parallel_group, unwrap
+from megatron_memory.training.setup import (
+    TrainingSetup,
+    data_parallel_group,
+    sample_group,
+    unwrap,
+)
 
 Batch = dict[str, Tensor]
 
@@ -100,6 +107,9 @@ def _forward(data_iterator: Iterator[Batch], model: torch.nn.Module, *, device: 
     batch = {
         name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
     }
+    # Of the whole sequences, so that context-parallel ranks need not ask each other.
+    num_tokens = batch["loss_mask"].sum()
+    batch = share_of_sequences(batch, parallel_state.get_context_parallel_group())
     losses = model(
         batch["tokens"],
         batch["position_ids"],
@@ -107,21 +117,23 @@ def _forward(data_iterator: Iterator[Batch], model: torch.nn.Module, *, device: 
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return losses, partial(_masked_mean, batch["loss_mask"])
+    return losses, partial(_masked_mean, batch["loss_mask"], num_tokens)
 
 
-def _masked_mean(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    mask = loss_mask.float()
-    loss = (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+def _masked_mean(
+    loss_mask: Tensor, num_tokens: Tensor, losses: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's part of the microbatch's mean: over context-parallel ranks they add up to it,
+    and megatron-core's schedule multiplies by their number what it then averages over them."""
+    loss = (losses.float() * loss_mask.float()).sum() / num_tokens.clamp(min=1)
     # Megatron's schedule divides the loss in place, so the report needs a copy.
     return loss, {"loss": loss.detach().clone()}
 
 
 def _mean_loss(losses: list[dict[str, Tensor]]) -> float:
     mean = torch.stack([report["loss"] for report in losses]).mean()
-    group = data_parallel_group()
-    torch.distributed.all_reduce(mean, group=group)
-    return mean.item() / group.size()
+    torch.distributed.all_reduce(mean, group=data_parallel_group())
+    return mean.item() / sample_group().size()
 
 
 def _value_learning_rate(setup: TrainingSetup) -> float:

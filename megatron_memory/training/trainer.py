@@ -12,7 +12,7 @@ from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.metrics import Interval, Report
 from megatron_memory.training.progress import Console, duration, report_line
-from megatron_memory.training.setup import TrainingSetup, data_parallel_group
+from megatron_memory.training.setup import TrainingSetup, sample_group
 from megatron_memory.training.step import Batch, StepResult, evaluate_loss, train_step
 from megatron_memory.training.stopping import SignalCatcher, Stop, StopChecker
 from megatron_memory.training.tensorboard import Curves
@@ -129,7 +129,7 @@ class Trainer:
         return interval is not None and self.position.iteration % interval == 0
 
     def _batches(self, dataset: Samples, consumed_samples: int) -> Iterator[Batch]:
-        group = data_parallel_group()
+        group = sample_group()
         return batch_iterator(
             dataset,
             consumed_samples=consumed_samples,

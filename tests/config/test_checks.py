@@ -271,6 +271,7 @@ def test_everything_wrong_is_said_at_once():
         ("", False, False),
         ("--transformer-impl local", True, False),
         ("--transformer-impl transformer_engine --moe-grouped-gemm", True, True),
+        ("--context-parallel-size 2", True, True),
     ],
 )
 def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_engine):
@@ -305,6 +306,18 @@ def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_en
             True,
             False,
             ("--moe-grouped-gemm", "not installed", "leave it away", "pip install"),
+        ),
+        (
+            "--context-parallel-size 2",
+            True,
+            False,
+            ("--context-parallel-size 2", "not installed", "use 1", "pip install"),
+        ),
+        (
+            "--context-parallel-size 2 --transformer-impl transformer_engine",
+            False,
+            True,
+            ("--context-parallel-size 2", "on the CPU", "use 1"),
         ),
     ],
 )

@@ -2,6 +2,8 @@
 
 import pytest
 
+from megatron_memory.config import check_config
+from tests.config.helpers import parse
 from tests.config.test_checks import assert_one_problem, problem
 
 
@@ -14,9 +16,45 @@ from tests.config.test_checks import assert_one_problem, problem
             ("--pipeline-model-parallel-size 2", "not built yet", "use 1"),
         ),
         (
-            "--context-parallel-size 2",
+            "--context-parallel-size 2 --transformer-impl local",
             2,
-            ("--context-parallel-size 2", "not built yet", "use 1"),
+            ("--context-parallel-size 2", "--transformer-impl local", "transformer_engine"),
+        ),
+        (
+            "--context-parallel-size 2 --seq-length 30",
+            2,
+            ("--seq-length 30", "2 x --context-parallel-size 2", "multiple of 4"),
+        ),
+        (
+            "--context-parallel-size 2 --tensor-model-parallel-size 3 --sequence-parallel "
+            "--num-attention-heads 3 --hidden-size 48 --ffn-hidden-size 96 --seq-length 32",
+            6,
+            (
+                "--seq-length 32",
+                "--context-parallel-size 2 x --tensor-model-parallel-size 3",
+                "multiple of 12",
+            ),
+        ),
+        (
+            "--context-parallel-size 2 --reset-attention-mask",
+            2,
+            ("--reset-attention-mask", "--context-parallel-size 2", "leave one"),
+        ),
+        (
+            "--context-parallel-size 2",
+            3,
+            ("3 processes", "--context-parallel-size 2", "multiple of 2"),
+        ),
+        (
+            "--context-parallel-size 2 --memory-layers 1 --memory-parallel-size 3 "
+            "--memory-value-dim 96",
+            4,
+            (
+                "4 data- and context-parallel ranks",
+                "--memory-parallel-size 3",
+                "multiple of 6",
+                "--memory-parallel-size 1",
+            ),
         ),
         (
             "--num-attention-heads 6 --hidden-size 48 --tensor-model-parallel-size 4 "
@@ -95,3 +133,18 @@ from tests.config.test_checks import assert_one_problem, problem
 )
 def test_parallel_sizes(arguments, world_size, parts):
     assert_one_problem(problem(arguments, world_size), parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size"),
+    [
+        ("--context-parallel-size 2", 2),
+        # Four tokens a rank are two pieces, and one for each of four tensor-parallel ranks.
+        ("--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel "
+         "--seq-length 8", 8),
+        # Neighbours may share a sequence: there is one copy of the model here.
+        ("--context-parallel-size 2 --memory-layers 1 --memory-parallel-size 2", 2),
+    ],
+)  # fmt: skip
+def test_context_parallel_sizes_that_work(arguments, world_size):
+    check_config(parse(arguments), world_size)
