@@ -1,9 +1,14 @@
 """Two optimizers in a chain, each with its own gradient norm and clip: all other parameters, and
 the values."""
 
+from typing import Any
+
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_memory.optimizer.sharded_values import sharded_value_states, without_tensors
 
 
 class MemoryOptimizer(ChainedOptimizer):
@@ -41,6 +46,25 @@ class MemoryOptimizer(ChainedOptimizer):
         self.value_grad_norm = _clip(values, self.value_clip_grad)
         num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         return self.step_with_ready_grads(), grad_norm, num_zeros
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **kwargs
+    ) -> dict[int, dict[str, Any]]:
+        """Megatron's, but for the values of a distributed optimizer: see `sharded_values`."""
+        dense, values = self.chained_optimizers
+        if not isinstance(values, DistributedOptimizer):
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        self._synchronize_steps()
+        return {
+            0: dense.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs),
+            1: sharded_value_states(values, model_sharded_state_dict, is_loading=is_loading),
+        }
+
+    def load_state_dict(self, state_dict: dict[int, dict[str, Any]]) -> None:
+        """Load what a checkpoint's tensors were read into by `sharded_state_dict`."""
+        if isinstance(self.chained_optimizers[1], DistributedOptimizer):
+            state_dict = {**state_dict, 1: without_tensors(state_dict[1])}
+        super().load_state_dict(state_dict)
 
 
 def _clip(optimizer: MegatronOptimizer, max_norm: float) -> float:
