@@ -126,7 +126,7 @@ def _measure(case: Case) -> Measurement:
     from megatron_memory.runtime import prepare_megatron
 
     backend = prepare_megatron()
-    from megatron_memory.model.accounting import flops_per_token
+    from megatron_memory.planning.flops import flops_per_token
     from megatron_memory.runtime.distributed import initialize_distributed, shutdown_distributed
     from megatron_memory.training.setup import build_training_setup
     from megatron_memory.training.step import train_step

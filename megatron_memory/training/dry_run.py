@@ -5,16 +5,9 @@ import sys
 from collections.abc import Iterator
 
 from megatron_memory.config import Config, check_config
-from megatron_memory.model.accounting import (
-    Part,
-    activation_bytes,
-    count,
-    flops_per_token,
-    fp8_shadow_bytes,
-    memory_layers,
-    rank_memory,
-    weights,
-)
+from megatron_memory.planning.flops import flops_per_token
+from megatron_memory.planning.memory import fullest, rank_memories
+from megatron_memory.planning.parameters import Part, count, memory_layers, weights
 
 
 def dry_run(config: Config) -> int:
@@ -126,34 +119,26 @@ def _members(first: int, step: int, world_size: int) -> str:
 
 
 def _memory(config: Config, world_size: int, padded: int) -> Iterator[str]:
-    one = count(config, weights(config, padded), on_one_rank=True)
-    copies = config.data_parallel_size(world_size)
-    parts = {
-        "values": (one["values"], copies // config.memory.parallel_size),
-        "the rest": (sum(one.values()) - one["values"], copies),
-    }
-    figures = {
-        name: rank_memory(config, number, shards)
-        for name, (number, shards) in parts.items()
-        if number
-    }
-    activations = activation_bytes(config, padded)
-    shadow = fp8_shadow_bytes(config)
-    total = sum(memory.total for memory in figures.values()) + activations + shadow
+    rank = fullest(rank_memories(config, world_size, padded))
     bf16 = config.precision.bf16
     kind = "bf16" if bf16 else "fp32"
     reduced = bf16 and not config.precision.accumulate_allreduce_grads_in_fp32
-    yield f"Memory on each rank: {_bytes(total)} and the allocator's overhead"
-    for name, memory in figures.items():
+    yield f"Memory on each rank: {_bytes(rank.total)} and the allocator's overhead"
+    for name, states in {"values": rank.values, "the rest": rank.rest}.items():
+        if not states.total:
+            continue
         yield (
-            f"  {name}: weights ({kind}) {_bytes(memory.weights)}, gradients "
-            f"({'bf16' if reduced else 'fp32'}) {_bytes(memory.gradients)}, "
-            + (f"main weights (fp32) {_bytes(memory.main_weights)}, " if bf16 else "")
-            + f"optimizer states (fp32) {_bytes(memory.optimizer_states)}"
+            f"  {name}: weights ({kind}) {_bytes(states.weights)}, gradients "
+            f"({'bf16' if reduced else 'fp32'}) {_bytes(states.gradients)}, "
+            + (f"main weights (fp32) {_bytes(states.main_weights)}, " if bf16 else "")
+            + f"optimizer states (fp32) {_bytes(states.optimizer_states)}"
         )
-    if shadow:
-        yield f"  values in fp8, with a scale a row: {_bytes(shadow)}"
-    yield f"  activations of a microbatch, a rough estimate: {_bytes(activations)}"
+    if rank.shadow:
+        yield f"  values in fp8, with a scale a row: {_bytes(rank.shadow)}"
+    yield (
+        f"  activations: {_bytes(sum(rank.activations.values()))} kept, {_bytes(rank.working)} of "
+        f"temporaries, {_bytes(rank.buffers)} for what is gathered"
+    )
 
 
 def _bytes(size: int) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
-from megatron_memory.model.accounting import flops_per_token
+from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.metrics import Interval, Report

@@ -6,7 +6,8 @@ import torch
 from megatron_memory.config import PrecisionConfig
 from megatron_memory.memory import table as table_module
 from megatron_memory.memory.table import ValueTable
-from megatron_memory.model.accounting import fp8_shadow_bytes
+from megatron_memory.planning.parameters import weights
+from megatron_memory.planning.states import shadow_bytes
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training.setup import build_training_setup, unwrap
@@ -122,8 +123,9 @@ def test_shadows_are_counted_and_not_saved(variant: str):
     assert not [name for name, _ in model.named_buffers() if "memory." in name]
     tensors = [tensor for table in model.memory.tables() for tensor in table.shadow.tensors()]
     real = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert fp8_shadow_bytes(config) == real
-    assert fp8_shadow_bytes(tiny_config(variant)) == 0
+    assert shadow_bytes(config, weights(config, VOCAB)) == real
+    plain = tiny_config(variant)
+    assert shadow_bytes(plain, weights(plain, VOCAB)) == 0
 
 
 def _train(config) -> list[float]:

@@ -1,4 +1,4 @@
-"""Parameters, bytes and FLOPs by arithmetic against real models, on one rank and on two."""
+"""Parameters and FLOPs by arithmetic against real models, on one rank and on two."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from megatron_memory.config import (
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
-    PrecisionConfig,
     TrainingConfig,
 )
 from megatron_memory.memory import routing
 from megatron_memory.memory.table import ValueTable
-from megatron_memory.model.accounting import count, flops_per_token, rank_memory, weights
 from megatron_memory.model.gpt import build_model
+from megatron_memory.planning.flops import flops_per_token
+from megatron_memory.planning.parameters import count, on_rank, size_on_rank, weights
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from memory_kernels.product_key import torch_ops
@@ -76,7 +76,8 @@ def _config(name: str, **options) -> Config:
     )
 
 
-def _real_counts(config: Config) -> dict[str, int]:
+def _real_counts(config: Config) -> tuple[dict[str, int], list[int]]:
+    """Parameters by part, and the size of each tensor."""
     backend = select_backend("cpu")
     initialize_distributed(config, backend)
     model = build_model(config, backend, VOCAB)
@@ -87,10 +88,10 @@ def _real_counts(config: Config) -> dict[str, int]:
         part = "values" if parameter in values else "router" if parameter in routers else "dense"
         counts["experts" if ".experts." in name else part] += parameter.numel()
     parallel_state.destroy_model_parallel()
-    return counts
+    return counts, sorted(parameter.numel() for parameter in model.parameters())
 
 
-def _all_real_counts(configs: list[Config]) -> list[dict[str, int]]:
+def _all_real_counts(configs: list[Config]) -> list[tuple[dict[str, int], list[int]]]:
     return [_real_counts(config) for config in configs]
 
 
@@ -103,7 +104,9 @@ def test_parameters_are_those_of_the_real_model(tensor_ranks: int, neighbours: i
     ranks = run_ranks(_all_real_counts, tensor_ranks * neighbours, configs)
     for real_on_ranks in ranks:
         for name, config, real in zip(MODELS, configs, real_on_ranks, strict=True):
-            assert count(config, weights(config, VOCAB), on_one_rank=True) == real, name
+            found, (counts, sizes) = weights(config, VOCAB), real
+            assert count(config, found, on_one_rank=True) == counts, name
+            assert sorted(size_on_rank(config, w) for w in on_rank(config, found)) == sizes, name
     for config, other in zip(configs, [_config(name) for name in MODELS], strict=True):
         whole = count(config, weights(config, VOCAB), on_one_rank=False)
         assert whole == count(other, weights(other, VOCAB), on_one_rank=True)
@@ -155,19 +158,3 @@ def _with_half_keys(number: int) -> Config:
     config = _config("memory+")
     memory = dataclasses.replace(config.memory, num_half_keys=number)
     return dataclasses.replace(config, memory=memory)
-
-
-def test_bytes_of_a_rank():
-    plain = rank_memory(_config("memory+"), 1000, data_parallel_size=4)
-    assert (plain.weights, plain.gradients, plain.main_weights) == (4000, 4000, 0)
-    assert plain.optimizer_states == 8000 and plain.total == 16000
-    bf16 = _config(
-        "memory+",
-        precision=PrecisionConfig(bf16=True),
-        parallel=ParallelConfig(use_distributed_optimizer=True),
-    )
-    sharded = rank_memory(bf16, 1000, data_parallel_size=4)
-    assert (sharded.weights, sharded.gradients) == (2000, 4000)
-    assert (sharded.main_weights, sharded.optimizer_states) == (1000, 2000)
-    sgd = _config("memory+", optimizer=OptimizerSettings(lr=0.1, optimizer="sgd", sgd_momentum=0.0))
-    assert rank_memory(sgd, 1000, data_parallel_size=1).optimizer_states == 0

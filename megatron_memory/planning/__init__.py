@@ -1,0 +1,1 @@
+"""What a configuration would cost, by arithmetic: parameters, memory, communication, time."""

@@ -1,0 +1,208 @@
+"""Every parameter of a model, by arithmetic: nothing is allocated.
+
+Axes: H heads of the memory, K values read per head, N half-keys, S slots, D value dimension.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from megatron_memory.config import Config
+from megatron_memory.config.placement import resolve_memory_layers
+
+Part = Literal["dense", "router", "values", "experts"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One parameter tensor of the model."""
+
+    part: Part
+    """dense: all but the following; router: the memory's queries and keys; values: its tables;
+    experts: of a mixture-of-experts baseline."""
+    size: int
+    """Elements over all ranks."""
+    is_split: bool = False
+    """Whether the tensor-parallel ranks share it (else each holds all of it)."""
+    summed: Literal["never", "sequence", "always"] = "never"
+    """When a replicated weight's gradient is summed over the tensor-parallel ranks: under sequence
+    parallelism, or always, where each rank sees its own heads alone."""
+    layer: int | None = None
+    """The decoder layer that holds it, counted from 0; None: at the model's ends, or a table."""
+
+
+def memory_layers(config: Config) -> tuple[int, ...]:
+    """The memory layers, counted from 0."""
+    if config.memory.layers is None:
+        return ()
+    return resolve_memory_layers(config.memory.layers, config.model.num_layers)
+
+
+def expert_layers(config: Config) -> tuple[int, ...]:
+    """The layers with experts, counted from 0."""
+    if config.model.num_experts is None:
+        return ()
+    return tuple(range(0, config.model.num_layers, config.model.moe_layer_freq))
+
+
+def weights(config: Config, padded_vocab_size: int) -> list[Weight]:
+    """Every parameter of the model."""
+    return [
+        *embedding_weights(config, padded_vocab_size),
+        *layer_weights(config, range(config.model.num_layers)),
+        *output_weights(config, padded_vocab_size, has_embedding=True),
+        *table_weights(config, num_owners(config)),
+    ]
+
+
+def embedding_weights(config: Config, padded_vocab_size: int) -> Iterator[Weight]:
+    """Of the model's first end."""
+    model = config.model
+    yield Weight(part="dense", size=padded_vocab_size * model.hidden_size, is_split=True)
+    if model.position_embedding_type == "learned_absolute":
+        yield Weight(part="dense", size=model.max_position_embeddings * model.hidden_size)
+
+
+def output_weights(
+    config: Config, padded_vocab_size: int, *, has_embedding: bool
+) -> Iterator[Weight]:
+    """Of the model's last end: final norm and output layer, which is a copy of the embedding where
+    they are tied and the embedding is on another rank."""
+    model = config.model
+    yield from _norm(config, model.hidden_size)
+    if model.untie_embeddings_and_output_weights or not has_embedding:
+        yield Weight(part="dense", size=padded_vocab_size * model.hidden_size, is_split=True)
+
+
+def layer_weights(config: Config, layers: Iterable[int]) -> list[Weight]:
+    """Of some layers, counted from 0; the tables are not a layer's."""
+    found: list[Weight] = []
+    with_memory, with_experts = memory_layers(config), expert_layers(config)
+    for layer in layers:
+        of_layer = list(_attention(config))
+        if layer in with_memory:
+            of_layer += _memory_layer(config)
+        elif layer in with_experts:
+            of_layer += _experts(config)
+        else:
+            of_layer += _mlp(config, config.model.ffn_hidden_size, "dense")
+        found += [dataclasses.replace(weight, layer=layer) for weight in of_layer]
+    return found
+
+
+def _norm(config: Config, width: int, *, of_heads: bool = False) -> list[Weight]:
+    tensors = 2 if config.model.normalization == "LayerNorm" else 1
+    summed: Literal["always", "sequence"] = "always" if of_heads else "sequence"
+    return [Weight(part="dense", size=width, summed=summed)] * tensors
+
+
+def _attention(config: Config) -> Iterator[Weight]:
+    """And the norms of the layer."""
+    model = config.model
+    width = model.num_attention_heads * model.kv_channels
+    qkv = width + 2 * model.num_query_groups * model.kv_channels
+    has_bias = not model.disable_bias_linear
+    yield from _norm(config, model.hidden_size)
+    yield Weight(part="dense", size=model.hidden_size * width, is_split=True)
+    if has_bias:
+        yield Weight(part="dense", size=model.hidden_size, summed="sequence")
+    yield Weight(part="dense", size=model.hidden_size * qkv, is_split=True)
+    if has_bias or model.add_qkv_bias:
+        yield Weight(part="dense", size=qkv, is_split=True)
+    if model.qk_layernorm:
+        yield from _norm(config, model.kv_channels, of_heads=True)
+        yield from _norm(config, model.kv_channels, of_heads=True)
+    # Before the MLP, or whatever stands in its place.
+    yield from _norm(config, model.hidden_size)
+
+
+def _mlp(config: Config, inner: int, part: Part) -> Iterator[Weight]:
+    model = config.model
+    first = 2 * inner if model.swiglu else inner
+    yield Weight(part=part, size=model.hidden_size * first, is_split=True)
+    if not model.disable_bias_linear:
+        yield Weight(part=part, size=first, is_split=True)
+    yield Weight(part=part, size=model.hidden_size * inner, is_split=True)
+    if not model.disable_bias_linear:
+        yield Weight(
+            part=part, size=model.hidden_size, summed="sequence" if part == "dense" else "never"
+        )
+
+
+def _experts(config: Config) -> Iterator[Weight]:
+    model = config.model
+    assert model.num_experts is not None, "the layer has experts"
+    size = model.num_experts * model.hidden_size
+    yield Weight(part="dense", size=size, summed="sequence")
+    for _ in range(model.num_experts):
+        yield from _mlp(config, model.moe_ffn_hidden_size, "experts")
+
+
+def projects_output(config: Config) -> bool:
+    """Whether the memory layer's output is projected."""
+    memory = config.memory
+    return memory.variant == "memory+" or (
+        memory.variant == "pkm" and memory.value_dim != config.model.hidden_size
+    )
+
+
+def _memory_layer(config: Config) -> Iterator[Weight]:
+    hidden, memory = config.model.hidden_size, config.memory
+    queries = memory.num_heads * memory.key_dim
+    router = [hidden * queries, queries, memory.num_half_keys * queries]
+    router += [memory.key_dim] * 2 * memory.qk_norm + [memory.num_heads] * memory.softmax_sink
+    for size in router:
+        yield Weight(part="router", size=size, summed="sequence")
+    if memory.variant == "memory+":
+        yield Weight(part="dense", size=hidden * memory.value_dim, is_split=True)
+        yield Weight(part="dense", size=memory.value_dim, is_split=True)
+    if projects_output(config):
+        yield Weight(part="dense", size=memory.value_dim * hidden, is_split=True)
+        yield Weight(part="dense", size=hidden, summed="sequence")
+    if memory.gated:
+        yield Weight(part="dense", size=hidden, summed="sequence")
+        yield Weight(part="dense", size=1, summed="sequence")
+
+
+def table_weights(config: Config, owners: int) -> list[Weight]:
+    """Of so many owners of tables: pools, or single layers."""
+    memory = config.memory
+    table = Weight(part="values", size=memory.num_values * memory.value_dim, is_split=True)
+    return [table] * owners * tables_per_owner(config)
+
+
+def tables_per_owner(config: Config) -> int:
+    """PEER reads two tables at a time."""
+    return 2 if config.memory.variant == "peer" else 1
+
+
+def num_owners(config: Config) -> int:
+    """Pools or layers with tables of their own, in the whole model."""
+    num_layers = len(memory_layers(config))
+    return min(num_layers, 1) if config.memory.share_scope == "model" else num_layers
+
+
+def size_on_rank(config: Config, weight: Weight) -> int:
+    """Elements of a tensor on each rank that holds some of it."""
+    size, parallel = weight.size, config.parallel
+    if weight.is_split:
+        size //= parallel.tensor_model_parallel_size
+    return size // config.memory.parallel_size if weight.part == "values" else size
+
+
+def on_rank(config: Config, found: Iterable[Weight]) -> list[Weight]:
+    """The tensors that one of the ranks with these weights holds: of the experts its share."""
+    kept: list[Weight] = []
+    experts: list[Weight] = []
+    for weight in found:
+        (experts if weight.part == "experts" else kept).append(weight)
+    share = len(experts) // config.parallel.expert_model_parallel_size
+    return kept + experts[:share]
+
+
+def count(config: Config, found: Iterable[Weight], *, on_one_rank: bool) -> dict[Part, int]:
+    """Parameters by part, of the whole model or of one rank."""
+    totals: dict[Part, int] = {"dense": 0, "router": 0, "values": 0, "experts": 0}
+    for weight in on_rank(config, found) if on_one_rank else found:
+        totals[weight.part] += size_on_rank(config, weight) if on_one_rank else weight.size
+    return totals
