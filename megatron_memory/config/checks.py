@@ -136,11 +136,37 @@ def _recompute_problems(config: Config) -> Iterator[str]:
             f"--recompute-modules {' '.join(modules)} belongs to --recompute-granularity "
             f"selective, but it is {granularity or 'not given'}: give it, or leave these away."
         )
+    if "memory" in modules:
+        yield from _memory_recompute_problems(config)
     for module in modules:
         if module.startswith("moe") and config.model.num_experts is None:
             yield f"--recompute-modules {module} needs --num-experts: leave {module} away."
     if "moe_act" in modules and not config.model.moe_grouped_gemm:
         yield "--recompute-modules moe_act needs --moe-grouped-gemm: add it, or use moe instead."
+
+
+def _memory_recompute_problems(config: Config) -> Iterator[str]:
+    memory = config.memory
+    if not memory.enabled:
+        yield "--recompute-modules memory needs --memory-layers: give them, or leave memory away."
+        return
+    kept = "its backward pass needs little but indices and weights, which are always kept"
+    if memory.variant == "peer":
+        yield (
+            f"--recompute-modules memory saves nothing with --memory-variant peer: {kept}. "
+            "Leave memory away."
+        )
+    elif memory.variant == "pkm" and memory.value_dim == config.model.hidden_size:
+        yield (
+            f"--recompute-modules memory saves nothing with --memory-variant pkm of "
+            f"--memory-value-dim {memory.value_dim}, the hidden size: {kept}. Leave memory away."
+        )
+    elif memory.variant == "pkm" and memory.parallel_size > 1:
+        yield (
+            f"--recompute-modules memory saves nothing with --memory-variant pkm and "
+            f"--memory-parallel-size {memory.parallel_size}: the sums received from the neighbours "
+            "are kept. Leave memory away."
+        )
 
 
 def _schedule_problems(config: Config) -> Iterator[str]:

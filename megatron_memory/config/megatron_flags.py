@@ -119,7 +119,7 @@ _REFUSED = {
         disable_align_grad_reduce overlap_param_gather_with_optimizer_step
         encoder_pipeline_model_parallel_size encoder_tensor_model_parallel_size
         use_tp_pp_dp_mapping delay_param_gather no_delay_grad_reduce""",
-    "context parallelism arrives later; use --sequence-parallel or --recompute-activations": """
+    "context parallelism passes keys round a ring; use --context-parallel-size alone": """
         cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel
         max_seqlen_per_dp_cp_rank""",
     "training runs in fp32 or bf16; use --bf16": """

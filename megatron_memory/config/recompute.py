@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_memory.config.option import option
 
-RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
+RecomputeModule = Literal["core_attn", "layernorm", "memory", "mlp", "moe", "moe_act"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,8 @@ class RecomputeConfig:
     )
     """selective: the modules of --recompute-modules; full: whole layers."""
     recompute_modules: tuple[RecomputeModule, ...] | None = None
-    """Modules that selective recompute covers. Without this flag: core_attn."""
+    """Modules that selective recompute covers. Without this flag: core_attn. memory: what memory
+    layers compute after their routing, which is not computed again."""
     recompute_method: Literal["uniform", "block"] | None = None
     """Full recompute: in groups of --recompute-num-layers over the whole model (uniform), or of
     the first --recompute-num-layers layers only (block)."""

@@ -18,6 +18,8 @@ class MemoryTransformerConfig(TransformerConfig):
     """Layers with a memory in place of the MLP, counted from 0 over the whole model."""
     memory_seed: int = 1234
     """Seed of the value tables' initial values."""
+    memory_recompute: bool = False
+    """Whether backward computes the memory layers' sums and gates again; see `MemoryLayer`."""
 
     def __post_init__(self):
         # Layers differ, so each needs a checkpoint key of its own; the field is spelled so in

@@ -1,26 +1,37 @@
 """An exchange between ranks, forward and backward, while they compute something else."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+R = TypeVar("R")
+
 
 class Exchange:
     """All-to-all of [M * T, C] between the M ranks of a group: block i goes to rank i.
 
-    What is computed between making it and `received` runs meanwhile, and so does its backward pass
-    between the gradient's: autograd goes back in the order of the forward pass.
+    What `received` is given to compute runs meanwhile, and so does its backward pass between the
+    gradient's: autograd goes back in the order of the forward pass.
     """
 
     def __init__(self, x: Tensor, group: ProcessGroup):
         self._transfer = _Transfer(group)
-        self._coming = _Start.apply(x, self._transfer)
+        self.coming: Tensor = _Start.apply(x, self._transfer)
+        """[M * T, C], not there yet: for `received` alone."""
 
-    def received(self) -> Tensor:
-        """[M * T, C]: block i is rank i's."""
-        return _Finish.apply(self._coming, self._transfer)
+    def received(self, coming: Tensor, compute: Callable[[], R]) -> tuple[Tensor, R]:
+        """[M * T, C], block i rank i's, and what was computed meanwhile.
+
+        Args:
+            coming: `self.coming`; in a recomputation what stands for it, which has arrived.
+            compute: does not communicate over the group.
+        """
+        coming = _WaitInBackward.apply(coming, self._transfer)
+        computed = compute()
+        return _Finish.apply(coming, self._transfer), computed
 
 
 class _Transfer:
@@ -40,18 +51,39 @@ class _Transfer:
         )
         return coming
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it has been started and not been waited for."""
+        return self._work is not None
+
     def wait(self) -> None:
         self._work.wait()
         self._work = self._sent = None
 
 
 class _Start(torch.autograd.Function):
-    """Begins the transfer; backward waits for the gradient's, which `_Finish` began."""
+    """Begins the transfer."""
 
     @staticmethod
     def forward(ctx, x: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
         return transfer.start(x)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return grad_output, None
+
+
+class _WaitInBackward(torch.autograd.Function):
+    """The identity; backward waits for the gradient's transfer, which `_Finish` began.
+
+    Not in `_Start`'s backward: a recomputation has a graph of its own, at whose leaves autograd may
+    copy gradients, so that they must have arrived there.
+    """
+
+    @staticmethod
+    def forward(ctx, coming: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return coming.view_as(coming)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -60,12 +92,14 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """Waits for the transfer; backward begins the gradient's, the other way round."""
+    """Waits for the transfer, the first time; backward begins the gradient's, the other way
+    round."""
 
     @staticmethod
     def forward(ctx, coming: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        transfer.wait()
+        if transfer.is_under_way:
+            transfer.wait()
         return coming.view_as(coming)
 
     @staticmethod

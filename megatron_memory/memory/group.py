@@ -90,14 +90,16 @@ class MemoryGroup:
         """[T, M * C], own tokens, from [M * T, C], own columns."""
         return y if self.num_neighbours == 1 else all_to_all_hp2sp(y, group=self.neighbours)
 
-    def columns_to_tokens_meanwhile(self, y: Tensor, compute: Callable[[], R]) -> tuple[Tensor, R]:
-        """`columns_to_tokens(y)`, and what is computed while it is under way.
+    def begin_columns_to_tokens(self, y: Tensor) -> Exchange:
+        """`columns_to_tokens(y)`, under way until `finish_columns_to_tokens`."""
+        return Exchange(y, self.neighbours)
 
-        `compute` must not communicate over `neighbours`.
-        """
-        exchange = Exchange(y, self.neighbours)
-        computed = compute()
-        return torch.cat(exchange.received().chunk(self.num_neighbours), dim=-1), computed
+    def finish_columns_to_tokens(
+        self, exchange: Exchange, coming: Tensor, compute: Callable[[], R]
+    ) -> tuple[Tensor, R]:
+        """[T, M * C], and what was computed meanwhile; see `Exchange.received`."""
+        received, computed = exchange.received(coming, compute)
+        return torch.cat(received.chunk(self.num_neighbours), dim=-1), computed
 
     def tokens_to_columns(self, x: Tensor) -> Tensor:
         """[M * T, C], own columns, from [T, M * C], own tokens."""

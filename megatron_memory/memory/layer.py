@@ -5,10 +5,13 @@ rank.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
+    CheckpointWithoutOutput,
     gather_from_tensor_model_parallel_region,
     get_cuda_rng_tracker,
 )
@@ -23,6 +26,7 @@ from megatron.core.utils import init_method_normal
 from torch import Tensor
 
 from megatron_memory.memory.config import MemoryTransformerConfig
+from megatron_memory.memory.exchange import Exchange
 from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.routing import MemoryRouter, Route, share_route
 from megatron_memory.memory.table import TableRead, ValueTable
@@ -52,6 +56,17 @@ class MemoryLayer(MegatronModule):
     With the sigmoid gate all of that is multiplied by sigmoid(gate x).
 
     The tables belong to the model and are bound after it is built; see `bind`.
+
+    With `memory_recompute` the input of `linear_fc2` is not kept for backward, nor what it is made
+    of: W1 x, the sums of rows and, with value dropout, its mask. What is kept for them:
+
+    | | kept | computed again |
+    |---|---|---|
+    | M = 1 | x, indices, weights | W1 x, the sums, the gate |
+    | M > 1 | x, the sums received from the neighbours | W1 x, the gate: nothing is sent again |
+
+    Neither the routing nor `linear_fc2` is computed again. Under sequence parallelism W1 gathers x
+    once more, over tensor-parallel ranks.
     """
 
     def __init__(
@@ -74,6 +89,9 @@ class MemoryLayer(MegatronModule):
             self.linear_fc2 = self._linear_fc2(submodules)
         if config.memory.gated:
             self.gate = _sigmoid_gate(config)
+        assert self.linear_fc2 is not None or not config.memory_recompute, (
+            "check_config refuses recompute where nothing keeps the sums"
+        )
 
     def _linear_fc1(self, submodules: MemoryLayerSubmodules) -> torch.nn.Module:
         return build_module(
@@ -123,11 +141,10 @@ class MemoryLayer(MegatronModule):
         # A recomputed layer runs twice, of which only the second keeps a graph.
         if self.usage is not None and torch.is_grad_enabled():
             self.usage.record(route)
-        y = self._read_peer(x, route) if self._is_peer else self._read_values(x, route)
-        # Behind memory+'s gate, though the values' dropout is before it in the formula: it scales
-        # each element, by 0 or 1 / (1 - rate), and so does the gate.
-        y = self._dropout(y)
-        output, bias = self._project(x.shape[1], y)
+        if self._is_peer:
+            output, bias = self._project(x.shape[1], self._dropout(self._read_peer(x, route)))
+        else:
+            output, bias = self._read_and_project(x, route)
         if self.gate is not None:
             output = output if bias is None else output + bias
             output, bias = output * torch.sigmoid(self.gate(x)), None
@@ -137,20 +154,45 @@ class MemoryLayer(MegatronModule):
     def _is_peer(self) -> bool:
         return self.config.memory.variant == "peer"
 
-    def _read_values(self, x: Tensor, route: Route) -> Tensor:
-        """[T, D / TP]: all tokens of the tensor-parallel group, its share of the columns; memory+'s
-        are gated."""
+    def _read_and_project(self, x: Tensor, route: Route) -> tuple[Tensor, Tensor | None]:
+        read, kept = self._reading(x, route)
+        if not (self.config.memory_recompute and torch.is_grad_enabled()):
+            return self._project(x.shape[1], read(*kept))
+        checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)
+        output, bias = self._project(x.shape[1], checkpoint.checkpoint(read, *kept))
+        checkpoint.discard_output_and_register_recompute(output)
+        # A view has its gradient first: Megatron's recompute of the norm before this layer hangs on
+        # the layer's output, and x must be back before `read` computes from it.
+        return output.view_as(output), bias
+
+    def _reading(self, x: Tensor, route: Route) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """A function and its arguments; it may be called again with what stands for them.
+
+        Returns:
+            of [T, D / TP]: all tokens of the tensor-parallel group, its share of the columns;
+            memory+'s are gated.
+        """
         indices, weights = share_route(route, self.config, self.group)
-        fc1 = self.linear_fc1
-        if fc1 is None:
-            return self.group.columns_to_tokens(self._sum_values(indices, weights))
         if self.group.num_neighbours == 1:
-            return self._sum_values(indices, weights, _project_gate(fc1, x))
+            return self._sum_gated, (x, indices, weights)
         # Gating before the exchange would need the neighbours' gates: more to send.
-        y, gate = self.group.columns_to_tokens_meanwhile(
-            self._sum_values(indices, weights), lambda: _project_gate(fc1, x)
+        exchange = self.group.begin_columns_to_tokens(self._sum_values(indices, weights))
+        return partial(self._gate_received, exchange), (x, exchange.coming)
+
+    def _sum_gated(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        # Behind memory+'s gate, though the values' dropout is before it in the formula: it scales
+        # each element, by 0 or 1 / (1 - rate), and so does the gate.
+        return self._dropout(self._sum_values(indices, weights, self._project_gate(x)))
+
+    def _gate_received(self, exchange: Exchange, x: Tensor, coming: Tensor) -> Tensor:
+        y, gate = self.group.finish_columns_to_tokens(
+            exchange, coming, lambda: self._project_gate(x)
         )
-        return y * F.silu(gate)
+        return self._dropout(y if gate is None else y * F.silu(gate))
+
+    def _project_gate(self, x: Tensor) -> Tensor | None:
+        """[T, D / TP]: before the silu; None without a gate."""
+        return None if self.linear_fc1 is None else self.linear_fc1(x)[0].flatten(0, 1)
 
     def _sum_values(self, indices: Tensor, weights: Tensor, gate: Tensor | None = None) -> Tensor:
         """[M * T, C]: the weighted sums of rows, times silu(gate) where it is given."""
@@ -211,11 +253,6 @@ class MemoryLayer(MegatronModule):
         if self.config.sequence_parallel:
             return all_to_all_hp2sp(y, group=self.group.tp)
         return gather_from_tensor_model_parallel_region(y, group=self.group.tp)
-
-
-def _project_gate(linear_fc1: torch.nn.Module, x: Tensor) -> Tensor:
-    """[T, D / TP]: before the silu."""
-    return linear_fc1(x)[0].flatten(0, 1)
 
 
 def _sum_whole_experts(u: TableRead, v: TableRead, indices: Tensor) -> Tensor:

@@ -79,7 +79,9 @@ def _recompute_options(config: Config) -> dict:
         recompute_num_layers=recompute.recompute_num_layers,
     )
     if recompute.recompute_modules is not None:
-        options["recompute_modules"] = list(recompute.recompute_modules)
+        # Megatron knows its own modules only.
+        options["recompute_modules"] = [m for m in recompute.recompute_modules if m != "memory"]
+        options["memory_recompute"] = "memory" in recompute.recompute_modules
     return options
 
 

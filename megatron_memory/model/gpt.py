@@ -44,6 +44,14 @@ class MemoryGPTModel(GPTModel):
             self.memory = MemoryTables(config, numbers, group)
             for layer, number in zip(layers, numbers, strict=True):
                 layer.bind(self.memory.of_layer(number))
+        if config.memory_recompute:
+            self._leave_recompute_to_memory_layers()
+
+    def _leave_recompute_to_memory_layers(self) -> None:
+        """Megatron's recompute of MLPs is for the other layers then: it would route twice."""
+        for layer in self.decoder.layers:
+            if isinstance(layer.mlp, MemoryLayer):
+                layer.recompute_mlp = False
 
     def memory_layers(self) -> list[MemoryLayer]:
         """The memory layers on this rank, in the model's order."""

@@ -34,6 +34,12 @@ def assert_one_problem(message: str, parts: tuple[str, ...]) -> None:
         ("--num-experts 4 --tensor-model-parallel-size 2 --sequence-parallel", 2),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 4", 1),
         ("--recompute-activations --recompute-modules core_attn mlp", 1),
+        ("--recompute-activations --recompute-modules memory --memory-layers 1", 1),
+        (
+            "--recompute-activations --recompute-modules memory --memory-layers 1 "
+            "--memory-variant pkm --memory-value-dim 128",
+            1,
+        ),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 90 --lr-warmup-iters 10", 1),
         (
             "--weight-decay-incr-style linear --start-weight-decay 0.01 --end-weight-decay 0.1",
@@ -137,6 +143,20 @@ def test_experts(arguments, parts):
         (
             "--recompute-activations --recompute-modules moe_act --num-experts 2",
             ("--recompute-modules moe_act", "--moe-grouped-gemm"),
+        ),
+        (
+            "--recompute-activations --recompute-modules mlp memory",
+            ("--recompute-modules memory", "needs --memory-layers"),
+        ),
+        (
+            "--recompute-activations --recompute-modules memory --memory-layers 1 "
+            "--memory-variant peer",
+            ("--recompute-modules memory", "--memory-variant peer", "Leave memory away"),
+        ),
+        (
+            "--recompute-activations --recompute-modules memory --memory-layers 1 "
+            "--memory-variant pkm",
+            ("--recompute-modules memory", "--memory-value-dim 64", "Leave memory away"),
         ),
     ],
 )

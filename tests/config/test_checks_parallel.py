@@ -41,6 +41,12 @@ from tests.config.test_checks import assert_one_problem, problem
             ("--reset-attention-mask", "--context-parallel-size 2", "leave one"),
         ),
         (
+            "--recompute-activations --recompute-modules memory --memory-layers 1 "
+            "--memory-variant pkm --memory-value-dim 128 --memory-parallel-size 2",
+            2,
+            ("--recompute-modules memory", "--memory-parallel-size 2", "Leave memory away"),
+        ),
+        (
             "--context-parallel-size 2",
             3,
             ("3 processes", "--context-parallel-size 2", "multiple of 2"),

@@ -57,7 +57,7 @@ def test_no_flag_is_both_refused_and_accepted():
         (["--mock-data"], "tools/preprocess_data.py"),
         (["--use-flash-attn"], "use --transformer-impl transformer_engine"),
         (["--num-layers-per-virtual-pipeline-stage", "2"], "pipelines arrive later"),
-        (["--cp-comm-type", "p2p"], "context parallelism arrives later"),
+        (["--cp-comm-type", "p2p"], "context parallelism passes keys round a ring"),
         (["--rampup-batch-size", "8", "8", "100"], "the batch size is constant"),
         (["--wandb-project", "x"], "give --tensorboard-dir"),
         (["--use-legacy-models"], "megatron-core"),
