@@ -3,7 +3,10 @@
 Everything that depends on megatron-core's version and internals is here or in `megatron_cpu`.
 """
 
+import contextlib
+import functools
 import logging
+from collections.abc import Iterator
 
 from megatron_memory.runtime.adam import FusedAdam
 
@@ -14,6 +17,7 @@ def install() -> None:
     """Repair the imported megatron-core; with Transformer Engine or Apex there is little to do."""
     _use_group_step_adam()
     _allow_recompute_without_transformer_engine()
+    _find_optimizer_states_behind_padding()
     _quieten_known_messages()
 
 
@@ -38,6 +42,46 @@ def _allow_recompute_without_transformer_engine() -> None:
         rng.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # the MoE router looks the name up unconditionally
+
+
+def _find_optimizer_states_behind_padding() -> None:
+    """Without it, checkpoints of a distributed optimizer with several buckets may be wrong.
+
+    To save a buffer's states, megatron-core 0.16 gathers them without the padding at the buckets'
+    ends, then looks for each parameter where it was with the padding: the states of all buckets but
+    the first are shifted, where a bucket's length is no multiple of 128 and of the ranks.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    shard = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(shard, "__wrapped__"):
+        return
+
+    @functools.wraps(shard)
+    def shard_without_padding(self, *args, **kwargs):
+        with contextlib.ExitStack() as stack:
+            for buffer in self.buffers:
+                stack.enter_context(_places_without_padding(buffer))
+            return shard(self, *args, **kwargs)
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = shard_without_padding
+
+
+@contextlib.contextmanager
+def _places_without_padding(buffer) -> Iterator[None]:
+    """Say where a buffer's parameters would be if its buckets followed each other closely."""
+    places, start, shifts = buffer.param_index_map, 0, []
+    for bucket in buffer.buckets:
+        shifts.append(bucket.offset - start)
+        start += bucket.numel_unpadded
+    buffer.param_index_map = {
+        param: (first - shifts[bucket], last - shifts[bucket], bucket)
+        for param, (first, last, bucket) in places.items()
+    }
+    try:
+        yield
+    finally:
+        buffer.param_index_map = places
 
 
 def _quieten_known_messages() -> None:
