@@ -7,8 +7,9 @@ import torch
 from megatron_memory.model.full_weights import load_full_weights
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
-from megatron_memory.training.setup import build_training_setup, unwrap
+from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.step import train_step
+from megatron_memory.training.wrapping import unwrap
 from tests.golden_lingua import case_config, full_weights, load_case
 
 _MICRO_BATCH = 2

@@ -54,7 +54,8 @@ def tiny_model(config: Config, seed: int = 1234):
     from megatron_memory.model.gpt import build_model
 
     seed_everything(seed)
-    return build_model(config, select_backend(TEST_DEVICE), padded_vocab_size=VOCAB)
+    (model,) = build_model(config, select_backend(TEST_DEVICE), padded_vocab_size=VOCAB)
+    return model
 
 
 def tiny_batch(seed: int = 5, num_sequences: int = 2) -> dict[str, torch.Tensor]:

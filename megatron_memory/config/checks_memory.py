@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from megatron_memory.config.placement import resolve_memory_layers
+from megatron_memory.config.pool_layouts import pool_problems
+from megatron_memory.config.pools import memory_layers, memory_pools
 from megatron_memory.config.schema import Config
 from megatron_memory.exceptions import ConfigurationError
 
@@ -21,10 +22,22 @@ def memory_problems(config: Config) -> Iterator[str]:
 
 
 def _placement_problems(config: Config) -> Iterator[str]:
-    assert config.memory.layers is not None, "called for an enabled memory"
+    memory = config.memory
+    if memory.share_groups is not None and memory.share_scope != "stage":
+        yield (
+            f"--memory-share-groups {memory.share_groups} belongs to --memory-share-scope stage, "
+            f"which is {memory.share_scope}: change it, or leave the groups away."
+        )
     try:
-        resolve_memory_layers(config.memory.layers, config.model.num_layers)
+        memory_layers(config)
     except ConfigurationError as error:
+        yield str(error)
+        return
+    try:
+        memory_pools(config)
+        yield from pool_problems(config)
+    except ConfigurationError as error:
+        # Of the stages: checks_parallel says the same, and it is told once.
         yield str(error)
 
 

@@ -3,26 +3,19 @@
 import math
 from collections.abc import Iterator
 
+from megatron_memory.config.pipeline import num_chunks
 from megatron_memory.config.schema import Config
+from megatron_memory.exceptions import ConfigurationError
 
 
 def parallel_problems(config: Config, world_size: int) -> Iterator[str]:
     """Messages for all that cannot work with `world_size` ranks."""
-    yield from _unsupported_sizes(config)
     yield from _tensor_split_problems(config)
     yield from _sequence_split_problems(config)
     yield from _context_split_problems(config)
     yield from _overlap_problems(config)
+    yield from _pipeline_problems(config, world_size)
     yield from _world_size_problems(config, world_size)
-
-
-def _unsupported_sizes(config: Config) -> Iterator[str]:
-    parallel = config.parallel
-    if parallel.pipeline_model_parallel_size > 1:
-        yield (
-            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} is not built "
-            "yet: use 1, with --tensor-model-parallel-size and data parallelism."
-        )
 
 
 def _tensor_split_problems(config: Config) -> Iterator[str]:
@@ -106,6 +99,48 @@ def _overlap_problems(config: Config) -> Iterator[str]:
     for flag, given in needed.items():
         if not given:
             yield f"--overlap-param-gather needs {flag}: add it, or leave the former away."
+
+
+def _pipeline_problems(config: Config, world_size: int) -> Iterator[str]:
+    try:
+        stages = config.stages
+    except ConfigurationError as error:
+        yield str(error)
+        return
+    if num_chunks(stages) > 1:
+        yield from _interleaving_problems(config, world_size)
+
+
+def _interleaving_problems(config: Config, world_size: int) -> Iterator[str]:
+    """megatron-core's conditions on the microbatches of an interleaved schedule."""
+    parallel, ranks = config.parallel, config.parallel.pipeline_model_parallel_size
+    group = parallel.microbatch_group_size_per_virtual_pipeline_stage or ranks
+    flag = f"--microbatch-group-size-per-virtual-pipeline-stage {group}"
+    if not config.divides_batch(world_size):
+        return
+    microbatches = config.num_microbatches(world_size)
+    shown = (
+        f"{microbatches} microbatches a rank (--global-batch-size "
+        f"{config.training.global_batch_size} / --micro-batch-size "
+        f"{config.training.micro_batch_size} / {config.data_parallel_size(world_size)} "
+        "data-parallel ranks)"
+    )
+    if group < ranks:
+        yield (
+            f"{flag} is smaller than --pipeline-model-parallel-size {ranks}: an interleaved "
+            "pipeline would wait for itself. Leave it away, or raise it."
+        )
+    elif microbatches < group:
+        yield (
+            f"An interleaved pipeline needs at least {group} microbatches a rank, and there are "
+            f"{shown}: raise --global-batch-size, or do without interleaving."
+        )
+    elif 0 < microbatches % group < ranks:
+        yield (
+            f"{shown}: {microbatches % group} are left after groups of {group} ({flag}), fewer "
+            f"than --pipeline-model-parallel-size {ranks}. Choose a --global-batch-size that "
+            f"gives a multiple of {group} microbatches."
+        )
 
 
 def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:

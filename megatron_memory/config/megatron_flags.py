@@ -106,19 +106,17 @@ _ACCEPTED = {
 }
 
 _REFUSED = {
-    "pipelines arrive later; use --tensor-model-parallel-size and data parallelism": """
-        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
-        num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
-        pipeline_model_parallel_layout
-        pipeline_model_parallel_split_rank pipeline_model_parallel_comm_backend
-        decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
-        microbatch_group_size_per_virtual_pipeline_stage no_overlap_p2p_communication
-        overlap_p2p_communication overlap_p2p_communication_warmup_flush use_ring_exchange_p2p
-        defer_embedding_wgrad_compute wgrad_deferral_limit standalone_embedding_stage
-        no_scatter_gather_tensors_in_pipeline no_align_grad_reduce no_align_param_gather
-        disable_align_grad_reduce overlap_param_gather_with_optimizer_step
-        encoder_pipeline_model_parallel_size encoder_tensor_model_parallel_size
-        use_tp_pp_dp_mapping delay_param_gather no_delay_grad_reduce""",
+    "pipelines are laid out by --pipeline-model-parallel-layout and the flags beside it": """
+        pipeline_model_parallel_split_rank standalone_embedding_stage
+        encoder_pipeline_model_parallel_size encoder_tensor_model_parallel_size""",
+    "stages send to each other in megatron-core's default way": """
+        pipeline_model_parallel_comm_backend overlap_p2p_communication_warmup_flush
+        use_ring_exchange_p2p no_scatter_gather_tensors_in_pipeline
+        defer_embedding_wgrad_compute wgrad_deferral_limit""",
+    "gradients are reduced and weights gathered as soon as they can be": """
+        no_align_grad_reduce no_align_param_gather disable_align_grad_reduce
+        overlap_param_gather_with_optimizer_step delay_param_gather no_delay_grad_reduce""",
+    "ranks are numbered tensor-, context-, data-, then pipeline-parallel": "use_tp_pp_dp_mapping",
     "context parallelism passes keys round a ring; use --context-parallel-size alone": """
         cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel
         max_seqlen_per_dp_cp_rank""",
@@ -245,7 +243,6 @@ _REFUSED = {
         muon_* lion_* dump_param_to_param_group_map""",
     "weight decay applies to matrices, or to everything by --apply-weight-decay-to-all": """
         apply_wd_to_qk_layernorm no_weight_decay_cond_type""",
-    "the loss is the mean over a microbatch's tokens": "calculate_per_token_loss",
     "a loss or gradient that is not a number always stops the run": """
         no_check_for_nan_in_loss_and_grad check_for_large_grads check_for_spiky_loss""",
     "tests for faulty hardware are not built": """

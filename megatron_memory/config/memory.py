@@ -43,11 +43,15 @@ class MemoryConfig:
     """Dropout of the queries."""
     value_dropout: float = option(0.0, at_least=0, below=1)
     """Dropout of the weighted sum of values."""
-    share_scope: Literal["model", "layer"] = option(
-        "model",
-        not_here={"stage": "one table a pipeline stage arrives with pipelines; use model or layer"},
-    )
-    """One table for all memory layers of the model, or one for each layer."""
+    share_scope: Literal["model", "stage", "layer"] = "model"
+    """One table for all memory layers of the model, one for those of each pipeline rank, or one
+    for each layer."""
+    share_groups: str | None = None
+    """With --memory-share-scope stage: the layers that share a table, as "4,12;20". Without this
+    flag they follow from the pipeline; a checkpoint remembers them, for other layouts."""
+    replicate_pool: bool = False
+    """Let a table that layers on several pipeline ranks read have a copy on each, and sum the
+    copies' gradients in every step. --dry-run says what that costs."""
     value_lr: float = option(1e-3, at_least=0)
     """Peak learning rate of the values; it follows the schedule of --lr."""
     value_min_lr: float = derived("--memory-value-lr x --min-lr / --lr", at_least=0)

@@ -13,7 +13,27 @@ class ParallelConfig:
     tensor_model_parallel_size: int = option(1, at_least=1)
     """Processes that share each layer's matrices and the memory table's columns."""
     pipeline_model_parallel_size: int = option(1, at_least=1)
-    """Processes that share the layers. Only 1 works so far."""
+    """Processes that share the layers: each computes some and sends on."""
+    num_layers_per_virtual_pipeline_stage: int | None = option(None, at_least=1)
+    """Interleaving: layers of a stage, of which each rank then has several, in turn with the other
+    ranks. Shortens the pipeline's idle time and costs more sending."""
+    num_virtual_stages_per_pipeline_rank: int | None = option(None, at_least=1)
+    """Interleaving, said by the stages that each rank has."""
+    pipeline_model_parallel_layout: str | None = None
+    """Each stage's layers, parted by |: E embedding, t layer, L loss; "Et*3|(t*4|)*2t*3L"."""
+    decoder_first_pipeline_num_layers: int | None = option(None, at_least=0)
+    """Layers of the first pipeline rank, where they are not as many as the others'."""
+    decoder_last_pipeline_num_layers: int | None = option(None, at_least=0)
+    """Layers of the last pipeline rank, where they are not as many as the others'."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer when layers are split evenly."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count output layer and loss as a layer when layers are split evenly."""
+    microbatch_group_size_per_virtual_pipeline_stage: int | None = option(None, at_least=1)
+    """Interleaving: microbatches that a stage computes in a row. Without this flag:
+    --pipeline-model-parallel-size."""
+    overlap_p2p_communication: bool = True
+    """Interleaving: send and receive between stages while the next one is computed."""
     context_parallel_size: int = option(1, at_least=1)
     """Processes that share each sequence, attention included. More than 1 needs Transformer
     Engine."""

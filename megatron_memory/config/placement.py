@@ -17,7 +17,7 @@ def resolve_memory_layers(spec: str, num_layers: int) -> tuple[int, ...]:
     if spec.startswith("centered:"):
         layers = _centered(spec, num_layers)
     else:
-        layers = _listed(spec)
+        layers = parse_layers(f"--memory-layers {spec}", spec)
     outside = [layer for layer in layers if not 0 <= layer < num_layers]
     if outside:
         raise ConfigurationError(
@@ -29,12 +29,16 @@ def resolve_memory_layers(spec: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def _listed(spec: str) -> list[int]:
+def parse_layers(flag: str, text: str) -> list[int]:
+    """Layer numbers from "4,12"; `flag` is what an error names.
+
+    Raises:
+        ConfigurationError: it is no list of numbers.
+    """
     try:
-        return [int(item) for item in spec.split(",")]
+        return [int(item) for item in text.split(",")]
     except ValueError:
-        message = f"--memory-layers {spec}: not a list of numbers. {_FORMS}"
-        raise ConfigurationError(message) from None
+        raise ConfigurationError(f"{flag}: not a list of numbers. {_FORMS}") from None
 
 
 def _centered(spec: str, num_layers: int) -> list[int]:

@@ -11,6 +11,7 @@ from megatron_memory.config.model import ModelConfig
 from megatron_memory.config.optimizer import OptimizerSettings
 from megatron_memory.config.option import fill_derived
 from megatron_memory.config.parallel import ParallelConfig
+from megatron_memory.config.pipeline import Stage, pipeline_stages
 from megatron_memory.config.precision import PrecisionConfig
 from megatron_memory.config.recompute import RecomputeConfig
 from megatron_memory.config.training import TrainingConfig
@@ -56,6 +57,11 @@ class Config:
         object.__setattr__(self, "optimizer", optimizer)
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The pipeline's stages in the order of the model; see `pipeline_stages`."""
+        return pipeline_stages(self.model, self.parallel)
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that together hold one copy of the model."""
         return (
@@ -75,6 +81,12 @@ class Config:
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in a run of `world_size` ranks."""
         return world_size // self.model_parallel_size
+
+    def divides_batch(self, world_size: int) -> bool:
+        """Whether every rank gets equally many whole microbatches."""
+        copies = self.data_parallel_size(world_size)
+        sequences = self.training.micro_batch_size * copies
+        return bool(sequences) and self.training.global_batch_size % sequences == 0
 
     def num_microbatches(self, world_size: int) -> int:
         """Microbatches that each rank computes for one optimizer step."""

@@ -13,6 +13,9 @@ class TrainingConfig:
     """Sequences that one data-parallel rank computes at a time."""
     global_batch_size: int = option(at_least=1)
     """Sequences of an optimizer step over all ranks; gradients accumulate over microbatches."""
+    calculate_per_token_loss: bool = False
+    """Weigh every token of the global batch alike, also where --eod-mask-loss or the data leave
+    some microbatches fewer; without it, every microbatch."""
     train_iters: int = option(at_least=1)
     """Optimizer steps of the whole training, those before a restart included."""
     eval_interval: int = option(1000, at_least=1)

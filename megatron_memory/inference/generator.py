@@ -75,7 +75,8 @@ class Generator:
             config.data.make_vocab_size_divisible_by,
             config.parallel.tensor_model_parallel_size,
         )
-        model: torch.nn.Module = build_model(config, backend, padded)
+        model: torch.nn.Module
+        (model,) = build_model(config, backend, padded)
         load_weights([model], config, vocab_size, saved.folder)
         if config.precision.bf16:
             model = Float16Module(model.config, model)

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.group import MemoryGroup
@@ -34,6 +35,7 @@ class ValueTable(MegatronModule):
         num_readers: layers of this rank that read the table, each once in a microbatch.
         table_number: tells the tables of a model apart, for their initial values.
         group: the ranks that share the columns.
+        replicas: the pipeline ranks with a copy of it, this one among them; None without copies.
         seed: of the run, for the initial values.
     """
 
@@ -44,14 +46,15 @@ class ValueTable(MegatronModule):
         num_readers: int,
         table_number: int,
         group: MemoryGroup,
+        replicas: ProcessGroup | None = None,
         seed: int,
     ):
         super().__init__(config)
-        self.group = group
+        self.group, self.replicas = group, replicas
         self.num_readers = num_readers
         self.on_gradient_ready: Callable[[], None] | None = None
         """Called in backward once every reader has added its part; DDP's overlap needs it."""
-        self._num_reads_done = 0
+        self._num_microbatches, self._num_reads_done = 1, 0
         self._shadow: Fp8Shadow | None = None
         self._shadow_is_stale = True
         columns = group.columns(config.memory_value_dim)
@@ -78,10 +81,18 @@ class ValueTable(MegatronModule):
             # Megatron gives such parameters gradient buffers and an optimizer of their own.
             setattr(chunk, "allreduce", False)
             setattr(chunk, "is_memory_value", True)
+            self._mark_copy(chunk)
             # Parameters of this very module, not of a ParameterList in it: the hook by which DDP
             # waits for gathered weights looks at the parameters of the module that is called.
             self.register_parameter(name, chunk)
         return names
+
+    def _mark_copy(self, chunk: torch.nn.Parameter) -> None:
+        """In Megatron's words for tied embeddings: a bucket of its own, so that all copies are
+        sharded alike; and only the first counts in the gradient's norm."""
+        if self.replicas is not None:
+            setattr(chunk, "shared_embedding", True)
+            setattr(chunk, "shared", self.replicas.rank() > 0)
 
     @property
     def chunks(self) -> list[torch.nn.Parameter]:
@@ -113,9 +124,14 @@ class ValueTable(MegatronModule):
             shadow=self._fresh_shadow(),
         )
 
+    def expect_microbatches(self, number: int) -> None:
+        """How many microbatches the coming backward passes are of, until the next call."""
+        self._num_microbatches, self._num_reads_done = number, 0
+
     def _count_read(self) -> None:
+        # Over the whole step, for interleaved stages mix the backward passes of microbatches.
         self._num_reads_done += 1
-        if self._num_reads_done == self.num_readers:
+        if self._num_reads_done == self.num_readers * self._num_microbatches:
             self._num_reads_done = 0
             if self.on_gradient_ready is not None:
                 self.on_gradient_ready()
@@ -149,7 +165,8 @@ class ValueTable(MegatronModule):
         """The table as one tensor [S, D], however it is cut: by the group's ranks in dimension 1,
         and by chunks in dimension 0."""
         assert not sharded_offsets, "the tables are the model's, not a layer's"
-        replica = (0, 0, self.group.copies.rank())
+        copy = 0 if self.replicas is None else self.replicas.rank()
+        replica = (copy, 0, self.group.copies.rank())
         first_column = self.group.first_column(self.config.memory_value_dim)
         sharded, first_row = {}, 0
         for name, chunk in zip(self._chunk_names, self.chunks, strict=True):
@@ -206,65 +223,3 @@ class _AfterBackward(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         ctx.callback()
         return grad_output, None
-
-
-class MemoryTables(MegatronModule):
-    """All value tables of a model, held at its root: saved once, counted once, reduced once.
-
-    Args:
-        config: the model's.
-        layers: the memory layers on this rank, counted from 0 over the whole model.
-        group: the ranks that share the columns.
-    """
-
-    def __init__(
-        self,
-        config: MemoryTransformerConfig,
-        layers: tuple[int, ...],
-        group: MemoryGroup,
-    ):
-        super().__init__(config)
-        self.share_scope = config.memory.share_scope
-        owners = ["shared"] if self.share_scope == "model" else [f"layer_{i}" for i in layers]
-        for owner in owners:
-            number = 0 if owner == "shared" else 1 + int(owner.removeprefix("layer_"))
-            self.add_module(owner, self._tables(config, number, layers, group))
-
-    def _tables(self, config, number: int, layers, group: MemoryGroup) -> "_OwnedTables":
-        num_readers = len(layers) if self.share_scope == "model" else 1
-        names = ("values_u", "values_v") if config.memory.variant == "peer" else ("values",)
-        return _OwnedTables(
-            config,
-            {
-                name: ValueTable(
-                    config,
-                    num_readers=num_readers,
-                    table_number=2 * number + i,
-                    group=group,
-                    seed=config.memory_seed,
-                )
-                for i, name in enumerate(names)
-            },
-        )
-
-    def of_layer(self, layer: int) -> "_OwnedTables":
-        """The tables that a layer, counted from 0, reads."""
-        return self.get_submodule("shared" if self.share_scope == "model" else f"layer_{layer}")
-
-    def tables(self) -> list[ValueTable]:
-        """Every table on this rank."""
-        return [module for module in self.modules() if isinstance(module, ValueTable)]
-
-    def weights_changed(self) -> None:
-        """To be called after every update of the weights."""
-        for table in self.tables():
-            table.weights_changed()
-
-
-class _OwnedTables(MegatronModule):
-    """The tables that one layer reads, by name: `values`, or PEER's `values_u` and `values_v`."""
-
-    def __init__(self, config: MemoryTransformerConfig, tables: dict[str, ValueTable]):
-        super().__init__(config)
-        for name, table in tables.items():
-            self.add_module(name, table)

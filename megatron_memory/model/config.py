@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_memory.config import Config, ModelConfig
-from megatron_memory.config.placement import resolve_memory_layers
+from megatron_memory.config.pipeline import Stage, num_chunks
+from megatron_memory.config.pools import memory_layers
 from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.optional import is_installed
 from megatron_memory.runtime import Backend
@@ -22,11 +23,10 @@ def use_transformer_engine(model: ModelConfig, backend: Backend) -> bool:
 def build_transformer_config(config: Config, backend: Backend) -> MemoryTransformerConfig:
     """Megatron's configuration for ours."""
     model, memory = config.model, config.memory
-    layers = resolve_memory_layers(memory.layers, model.num_layers) if memory.layers else ()
     dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
     return MemoryTransformerConfig(
         memory=memory,
-        memory_layers=layers,
+        memory_layers=memory_layers(config),
         memory_seed=config.training.seed,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -46,6 +46,7 @@ def build_transformer_config(config: Config, backend: Backend) -> MemoryTransfor
         hidden_dropout=model.hidden_dropout,
         init_method_std=model.init_method_std,
         bf16=config.precision.bf16,
+        calculate_per_token_loss=config.training.calculate_per_token_loss,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=config.precision.attention_softmax_in_fp32,
@@ -53,14 +54,14 @@ def build_transformer_config(config: Config, backend: Backend) -> MemoryTransfor
         transformer_impl="transformer_engine"
         if use_transformer_engine(model, backend)
         else "local",
-        **_parallel_options(config),
+        **_parallel_options(config, backend.is_cuda),
         **_recompute_options(config),
         **_moe_options(model),
         **_fusion_options(model, backend),
     )
 
 
-def _parallel_options(config: Config) -> dict:
+def _parallel_options(config: Config, is_cuda: bool) -> dict:
     parallel = config.parallel
     return dict(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -68,7 +69,36 @@ def _parallel_options(config: Config) -> dict:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        **_pipeline_options(config, is_cuda),
     )
+
+
+def _pipeline_options(config: Config, is_cuda: bool) -> dict:
+    parallel, stages = config.parallel, config.stages
+    if len(stages) == 1:
+        return {}
+    options: dict = dict(
+        pipeline_model_parallel_layout=[_layout_row(stage) for stage in stages],
+        # Gloo still reads an output that megatron-core would have freed while it is sent.
+        deallocate_pipeline_outputs=is_cuda,
+    )
+    if num_chunks(stages) > 1:
+        # On gloo interleaved stages only pair their messages rightly one by one.
+        overlap = parallel.overlap_p2p_communication or not is_cuda
+        options |= dict(
+            microbatch_group_size_per_vp_stage=(
+                parallel.microbatch_group_size_per_virtual_pipeline_stage
+                or parallel.pipeline_model_parallel_size
+            ),
+            overlap_p2p_comm=overlap,
+            batch_p2p_comm=not overlap,
+        )
+    return options
+
+
+def _layout_row(stage: Stage) -> list[str]:
+    row = ["decoder"] * len(stage.layers)
+    return ["embedding"] * stage.has_embedding + row + ["loss"] * stage.has_loss
 
 
 def _recompute_options(config: Config) -> dict:

@@ -13,18 +13,32 @@ from megatron_memory.exceptions import CheckpointError
 from megatron_memory.model.gpt import MemoryGPTModel
 
 
-@torch.no_grad()
 def load_full_weights(model: MemoryGPTModel, tensors: dict[str, Tensor]) -> None:
     """Set every weight of this rank from whole tensors, named as in a Megatron checkpoint.
 
     Args:
-        model: unwrapped; keeps its dtypes and devices.
+        model: unwrapped and whole, without pipelining; keeps its dtypes and devices.
         tensors: name to whole tensor, as one rank alone would hold it.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs.
     """
-    sharded = _weight_shards(model)
+    unknown = sorted(set(tensors) - load_stage_weights(model, tensors))
+    if unknown:
+        raise CheckpointError(f"weights that the model does not have: {', '.join(unknown)}")
+
+
+@torch.no_grad()
+def load_stage_weights(chunk: MemoryGPTModel, tensors: dict[str, Tensor]) -> set[str]:
+    """Set every weight of a model's chunk, as `load_full_weights` does of a whole one.
+
+    Returns:
+        the names that the chunk has.
+
+    Raises:
+        CheckpointError: a name is missing, or a shape differs.
+    """
+    sharded = _weight_shards(chunk)
     factories = {k: v for k, v in sharded.items() if isinstance(v, ShardedTensorFactory)}
     apply_factories(sharded)
     state: dict = {}
@@ -32,11 +46,9 @@ def load_full_weights(model: MemoryGPTModel, tensors: dict[str, Tensor]) -> None
     for name, shards in sharded.items():
         state[name] = _map(shards, lambda shard: _cut(shard, tensors))
         used.update(shard.key for shard in _flatten(shards))
-    unknown = sorted(set(tensors) - used)
-    if unknown:
-        raise CheckpointError(f"weights that the model does not have: {', '.join(unknown)}")
     apply_factory_merges(state, factories)
-    model.load_state_dict(state, strict=False)
+    chunk.load_state_dict(state, strict=False)
+    return used
 
 
 def _weight_shards(model: MemoryGPTModel) -> dict:

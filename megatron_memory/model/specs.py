@@ -18,15 +18,16 @@ from megatron_memory.optional import require
 
 
 def memory_block_spec(
-    config: MemoryTransformerConfig, group: MemoryGroup
+    config: MemoryTransformerConfig, group: MemoryGroup, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the block's final norm."""
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=config.transformer_impl == "transformer_engine",
         normalization=config.normalization,
+        vp_stage=vp_stage,
     )
-    offset = get_transformer_layer_offset(config)
+    offset = get_transformer_layer_offset(config, vp_stage)
     layers = [
         _with_memory(spec, config, group) if offset + i in config.memory_layers else spec
         for i, spec in enumerate(block.layer_specs)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_memory.config import Config
+from megatron_memory.config.pipeline import num_chunks
 from megatron_memory.runtime.backend import Backend
 
 
@@ -27,10 +28,11 @@ def initialize_distributed(config: Config, backend: Backend) -> None:
         _join(config, backend)
     from megatron.core import parallel_state
 
-    parallel = config.parallel
+    parallel, chunks = config.parallel, num_chunks(config.stages)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=config.expert_group_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
@@ -62,6 +64,25 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def pipeline_subgroup(ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup | None:
+    """The group of these pipeline ranks of this rank's pipeline; None where it is not among them.
+
+    A collective call of the whole world: every pipeline makes its own.
+    """
+    from megatron.core import parallel_state
+
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    mine = torch.distributed.get_process_group_ranks(pipeline)
+    pipelines: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(pipelines, tuple(mine))
+    found = None
+    for members in sorted(set(pipelines)):
+        group = torch.distributed.new_group([members[rank] for rank in ranks])
+        if members == tuple(mine) and pipeline.rank() in ranks:
+            found = group
+    return found
 
 
 def shutdown_distributed() -> None:

@@ -1,24 +1,21 @@
 """Model, optimizer and schedule, ready for `train_step`."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
 
 from megatron_memory.config import Config
 from megatron_memory.memory.config import MemoryTransformerConfig
-from megatron_memory.memory.table import ValueTable
-from megatron_memory.model.gpt import MemoryGPTModel, build_model
+from megatron_memory.model.gpt import build_model
 from megatron_memory.optimizer import build_optimizer, build_scheduler
 from megatron_memory.runtime import Backend
+from megatron_memory.training.gradients import finalize_gradients
+from megatron_memory.training.wrapping import wrap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,62 +47,34 @@ def build_training_setup(config: Config, backend: Backend, padded_vocab_size: in
         backend: of this rank; Megatron's groups must exist.
         padded_vocab_size: rows of the embedding.
     """
-    model = _wrap(config, build_model(config, backend, padded_vocab_size))
-    optimizer = build_optimizer(config, [model])
+    chunks = build_model(config, backend, padded_vocab_size)
+    model = [wrap(config, chunk, is_first=i == 0) for i, chunk in enumerate(chunks)]
+    optimizer = build_optimizer(config, model)
     _connect(model, optimizer)
     return TrainingSetup(
         config=config,
         backend=backend,
-        model=[model],
+        model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
     )
 
 
-def unwrap(model: torch.nn.Module) -> MemoryGPTModel:
-    """The model inside Megatron's wrappers."""
-    while not isinstance(model, MemoryGPTModel):
-        model = model.get_submodule("module")
-    return model
-
-
-def _wrap(config: Config, model: MemoryGPTModel) -> DistributedDataParallel:
-    parallel = config.parallel
-    module = Float16Module(model.config, model) if config.precision.bf16 else model
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-    )
-    wrapped = DistributedDataParallel(model.config, ddp_config, module)
-    if parallel.overlap_grad_reduce and model.memory is not None:
-        for table in model.memory.tables():
-            _report_gradient(table, wrapped)
-    return wrapped
-
-
-def _report_gradient(table: ValueTable, ddp: DistributedDataParallel) -> None:
-    """Tell DDP when a table's gradient is complete, as its hook does for parameters that autograd
-    sees."""
-
-    def report() -> None:
-        for chunk in table.chunks:
-            ddp.param_to_bucket_group[chunk].register_grad_ready(chunk)
-
-    table.on_gradient_ready = report
-
-
-def _connect(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def _connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Give Megatron's schedule the functions that it calls between microbatches and after them."""
-    config = model.config
-    config.finalize_model_grads_func = finalize_model_grads
+    config, ddp_config = model[0].config, model[0].ddp_config
+    config.finalize_model_grads_func = finalize_gradients
     config.grad_scale_func = optimizer.scale_loss
     config.timers = None
-    if model.ddp_config.overlap_grad_reduce:
-        config.no_sync_func = model.no_sync
-    if model.ddp_config.overlap_param_gather:
-        config.param_sync_func = model.start_param_sync
+    if ddp_config.overlap_grad_reduce:
+        config.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
+    if ddp_config.overlap_param_gather:
+        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
+
+
+def _one_or_all(functions: list[Callable]) -> Callable | list[Callable]:
+    """As Megatron's schedules take them: a list for interleaved stages only."""
+    return functions[0] if len(functions) == 1 else functions
 
 
 def data_parallel_group() -> torch.distributed.ProcessGroup:

@@ -1,6 +1,7 @@
 """One optimizer step, and the loss on held-out data."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,12 +13,8 @@ from torch import Tensor
 
 from megatron_memory.data.context import share_of_sequences
 from megatron_memory.optimizer import MemoryOptimizer
-from megatron_memory.training.setup import (
-    TrainingSetup,
-    data_parallel_group,
-    sample_group,
-    unwrap,
-)
+from megatron_memory.training.setup import TrainingSetup, data_parallel_group
+from megatron_memory.training.wrapping import tables_of
 
 Batch = dict[str, Tensor]
 
@@ -49,18 +46,23 @@ def train_step(
     Args:
         setup: of this rank.
         data_iterator: yields `tokens`, `labels`, `loss_mask` and `position_ids`, [micro batch, seq]
-        each. num_microbatches: to take from it.
+            each.
+        num_microbatches: to take from it.
     """
     for chunk in setup.model:
         chunk.train()
         chunk.zero_grad_buffer()
+        for table in tables_of(chunk):
+            table.expect_microbatches(num_microbatches)
     setup.optimizer.zero_grad()
     losses = _run_schedule(setup, data_iterator, num_microbatches, forward_only=False)
     succeeded, grad_norm, _ = setup.optimizer.step()
-    _tell_tables(setup)
+    for chunk in setup.model:
+        for table in tables_of(chunk):
+            table.weights_changed()
     has_memory = isinstance(setup.optimizer, MemoryOptimizer)
     result = StepResult(
-        loss=_mean_loss(losses),
+        loss=_mean_loss(losses, setup.backend.device),
         grad_norm=grad_norm,
         value_grad_norm=setup.optimizer.value_grad_norm if has_memory else None,
         learning_rate=get_canonical_lr_for_logging(setup.optimizer.param_groups),
@@ -72,14 +74,6 @@ def train_step(
     return result
 
 
-def _tell_tables(setup: TrainingSetup) -> None:
-    """Their fp8 shadows no longer hold the weights."""
-    for chunk in setup.model:
-        memory = unwrap(chunk).memory
-        if memory is not None:
-            memory.weights_changed()
-
-
 @torch.no_grad()
 def evaluate_loss(
     setup: TrainingSetup, data_iterator: Iterator[Batch], num_microbatches: int
@@ -88,13 +82,23 @@ def evaluate_loss(
     for chunk in setup.model:
         chunk.eval()
     losses = _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
-    return _mean_loss(losses)
+    return _mean_loss(losses, setup.backend.device)
 
 
-def _run_schedule(setup, data_iterator, num_microbatches: int, *, forward_only: bool):
+def _run_schedule(
+    setup: TrainingSetup, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
+) -> list[Tensor]:
+    """What `_loss` reports of each microbatch, on the last pipeline stage; nothing elsewhere."""
+    interleaved = len(setup.model) > 1
+    forward = partial(
+        _forward,
+        device=setup.backend.device,
+        per_token=setup.config.training.calculate_per_token_loss,
+    )
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward, device=setup.backend.device),
-        data_iterator=data_iterator,
+        forward_step_func=forward,
+        # Each chunk goes through the same microbatches, at its own pace.
+        data_iterator=list(itertools.tee(batches, len(setup.model))) if interleaved else batches,
         model=setup.model,
         num_microbatches=num_microbatches,
         seq_length=setup.config.model.seq_length,
@@ -103,37 +107,58 @@ def _run_schedule(setup, data_iterator, num_microbatches: int, *, forward_only: 
     )
 
 
-def _forward(data_iterator: Iterator[Batch], model: torch.nn.Module, *, device: torch.device):
-    batch = {
-        name: tensor.to(device, non_blocking=True) for name, tensor in next(data_iterator).items()
-    }
+def _forward(
+    batches: Iterator[Batch], model: torch.nn.Module, *, device: torch.device, per_token: bool
+):
+    """One microbatch through one chunk: the losses on the last one, else hidden states."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     # Of the whole sequences, so that context-parallel ranks need not ask each other.
     num_tokens = batch["loss_mask"].sum()
-    batch = share_of_sequences(batch, parallel_state.get_context_parallel_group())
-    losses = model(
+    context = parallel_state.get_context_parallel_group()
+    batch = share_of_sequences(batch, context)
+    output = model(
         batch["tokens"],
         batch["position_ids"],
         batch.get("attention_mask"),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return losses, partial(_masked_mean, batch["loss_mask"], num_tokens)
+    if per_token:
+        return output, partial(_sum_of_losses, batch["loss_mask"])
+    return output, partial(_mean_of_losses, batch["loss_mask"], num_tokens, context.size())
 
 
-def _masked_mean(
-    loss_mask: Tensor, num_tokens: Tensor, losses: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's part of the microbatch's mean: over context-parallel ranks they add up to it,
-    and megatron-core's schedule multiplies by their number what it then averages over them."""
-    loss = (losses.float() * loss_mask.float()).sum() / num_tokens.clamp(min=1)
-    # Megatron's schedule divides the loss in place, so the report needs a copy.
-    return loss, {"loss": loss.detach().clone()}
+def _sum_of_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For megatron-core to divide by the tokens of the global batch; and what to report: a sum, and
+    what to divide the sum of all by."""
+    total, num_tokens = (losses.float() * loss_mask.float()).sum(), loss_mask.sum()
+    report = torch.stack((total.detach(), num_tokens.float())).double()
+    return total, num_tokens.int(), report
 
 
-def _mean_loss(losses: list[dict[str, Tensor]]) -> float:
-    mean = torch.stack([report["loss"] for report in losses]).mean()
-    torch.distributed.all_reduce(mean, group=data_parallel_group())
-    return mean.item() / sample_group().size()
+def _mean_of_losses(
+    loss_mask: Tensor, num_tokens: Tensor, num_parts: int, losses: Tensor
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of the microbatch's mean, and what to report, as above.
+
+    The `num_parts` context-parallel ranks' parts add up to the mean: megatron-core's schedule
+    multiplies by their number what it then averages over them.
+    """
+    part = (losses.float() * loss_mask.float()).sum() / num_tokens.clamp(min=1)
+    # The schedule divides the loss in place, so the report is made before.
+    return part, torch.stack((part.detach(), torch.full_like(part, 1 / num_parts))).double()
+
+
+def _mean_loss(reports: list[Tensor], device: torch.device) -> float:
+    """Over the global batch; a collective call."""
+    sums = torch.stack(reports).sum(dim=0) if reports else torch.zeros(2).double().to(device)
+    torch.distributed.all_reduce(sums, group=data_parallel_group())
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline.size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(sums, src=last, group=pipeline)
+    total, number = sums.tolist()
+    return total / max(number, 1.0)
 
 
 def _value_learning_rate(setup: TrainingSetup) -> float:

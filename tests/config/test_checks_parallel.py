@@ -11,9 +11,9 @@ from tests.config.test_checks import assert_one_problem, problem
     ("arguments", "world_size", "parts"),
     [
         (
-            "--pipeline-model-parallel-size 2",
-            2,
-            ("--pipeline-model-parallel-size 2", "not built yet", "use 1"),
+            "--pipeline-model-parallel-size 3",
+            3,
+            ("--num-layers 4", "--pipeline-model-parallel-size 3", "multiple of 3"),
         ),
         (
             "--context-parallel-size 2 --transformer-impl local",

@@ -56,7 +56,7 @@ def test_no_flag_is_both_refused_and_accepted():
         (["--fp8-format", "hybrid"], "use --bf16"),
         (["--mock-data"], "tools/preprocess_data.py"),
         (["--use-flash-attn"], "use --transformer-impl transformer_engine"),
-        (["--num-layers-per-virtual-pipeline-stage", "2"], "pipelines arrive later"),
+        (["--standalone-embedding-stage"], "--pipeline-model-parallel-layout"),
         (["--cp-comm-type", "p2p"], "context parallelism passes keys round a ring"),
         (["--rampup-batch-size", "8", "8", "100"], "the batch size is constant"),
         (["--wandb-project", "x"], "give --tensorboard-dir"),
@@ -85,7 +85,6 @@ def test_reasons(arguments, reason):
         (["--position-embedding-type", "yarn"], "--position-embedding-type yarn is not supported"),
         (["--transformer-impl", "inference_optimized"], "use transformer_engine"),
         (["--moe-token-dispatcher-type", "flex"], "use alltoall"),
-        (["--memory-share-scope", "stage"], "arrives with pipelines"),
     ],
 )
 def test_values_that_are_known_but_not_supported(arguments, reason):

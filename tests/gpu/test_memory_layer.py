@@ -8,8 +8,9 @@ from megatron_memory.memory import table as table_module
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed, shutdown_distributed
 from megatron_memory.runtime.kernels import choose_kernels
-from megatron_memory.training.setup import build_training_setup, unwrap
+from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.step import evaluate_loss, train_step
+from megatron_memory.training.wrapping import unwrap
 from tests.devices import TEST_DEVICE, needs_gpu_run
 from tests.memory.test_fp8_values import assert_shadow_is_of_the_weights
 from tests.memory.test_kernels import forward_and_backward

@@ -25,7 +25,8 @@ from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
-from megatron_memory.training.setup import build_training_setup, unwrap
+from megatron_memory.training.setup import build_training_setup
+from megatron_memory.training.wrapping import unwrap
 
 VOCAB = 60
 """Of NullTokenizer: a prompt is its token numbers. The embedding is padded to 128 rows a rank."""

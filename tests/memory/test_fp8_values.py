@@ -10,13 +10,14 @@ from megatron_memory.planning.parameters import weights
 from megatron_memory.planning.states import shadow_bytes
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
-from megatron_memory.training.setup import build_training_setup, unwrap
+from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.step import evaluate_loss, train_step
+from megatron_memory.training.wrapping import unwrap
 from memory_kernels import Fp8Shadow, weighted_bag
 from memory_kernels.shadow import dequantize_rows
 from tests.distributed import run_ranks
+from tests.parallel.runs import tiny_batches
 from tests.tiny import VOCAB, tiny_batch, tiny_config, tiny_model
-from tests.training.test_parity_one_rank import _batches
 
 STEPS = 3
 
@@ -77,11 +78,11 @@ def test_a_step_is_followed_by_new_shadows():
     assert table.shadow is None
     losses = []
     for _ in range(STEPS):
-        result = train_step(setup, _batches(0, 1), 4)  # the same ones: something to learn
+        result = train_step(setup, tiny_batches(0, 1), 4)  # the same ones: something to learn
         losses.append(result.loss)
         assert result.value_grad_norm > 0
         read = dequantized(table)
-        evaluate_loss(setup, iter([next(_batches(0, 1))]), 1)
+        evaluate_loss(setup, iter([next(tiny_batches(0, 1))]), 1)
         assert_shadow_is_of_the_weights(table)
         assert not torch.equal(read, dequantized(table))
     assert losses[-1] < losses[0]
@@ -93,9 +94,9 @@ def test_shadows_are_not_written_anew_at_every_read(monkeypatch):
     write = Fp8Shadow.write
     monkeypatch.setattr(Fp8Shadow, "write", lambda *args: written.append(1) or write(*args))
     setup = build_training_setup(fp8_config(), select_backend("cpu"), VOCAB)
-    train_step(setup, _batches(0, 1), 4)  # two layers, four microbatches
+    train_step(setup, tiny_batches(0, 1), 4)  # two layers, four microbatches
     assert len(written) == 1
-    train_step(setup, _batches(0, 1), 4)
+    train_step(setup, tiny_batches(0, 1), 4)
     assert len(written) == 2
 
 
@@ -133,7 +134,7 @@ def _train(config) -> list[float]:
     initialize_distributed(config, backend)
     setup = build_training_setup(config, backend, VOCAB)
     group = torch.distributed.get_rank()
-    batches = _batches(group, 2)
+    batches = tiny_batches(group, 2)
     losses = [train_step(setup, batches, 2).loss for _ in range(STEPS)]
     losses.append(evaluate_loss(setup, batches, 2))
     (table,) = unwrap(setup.model[0]).memory.tables()
@@ -153,7 +154,7 @@ def _train_tensor_parallel(config) -> list[float]:
     backend = select_backend("cpu")
     initialize_distributed(config, backend)
     setup = build_training_setup(config, backend, VOCAB)
-    batches = _batches(0, 1)
+    batches = tiny_batches(0, 1)
     return [train_step(setup, batches, 4).loss for _ in range(STEPS)]
 
 

@@ -51,7 +51,7 @@ def _check_case(name: str, tensor_parallel_size: int, sequence_parallel: bool) -
     config = case_config(options, tensor_parallel_size, sequence_parallel)
     backend = select_backend("cpu")
     initialize_distributed(config, backend)
-    model = build_model(config, backend, padded_vocab_size=16)
+    (model,) = build_model(config, backend, padded_vocab_size=16)
     layers = model.memory_layers()
     for position, layer in enumerate(layers):
         load_layer_(layer, tensors, position)

@@ -8,7 +8,8 @@ import torch
 from megatron_memory.config import PrecisionConfig
 from megatron_memory.optimizer import MemoryOptimizer
 from megatron_memory.runtime import select_backend
-from megatron_memory.training.setup import build_training_setup, unwrap
+from megatron_memory.training.setup import build_training_setup
+from megatron_memory.training.wrapping import unwrap
 from tests.tiny import VOCAB, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")

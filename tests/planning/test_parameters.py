@@ -80,7 +80,7 @@ def _real_counts(config: Config) -> tuple[dict[str, int], list[int]]:
     """Parameters by part, and the size of each tensor."""
     backend = select_backend("cpu")
     initialize_distributed(config, backend)
-    model = build_model(config, backend, VOCAB)
+    (model,) = build_model(config, backend, VOCAB)
     values = {c for t in model.modules() if isinstance(t, ValueTable) for c in t.chunks}
     routers = {p for layer in model.memory_layers() for p in layer.router.parameters()}
     counts = {"dense": 0, "router": 0, "values": 0, "experts": 0}
@@ -123,7 +123,7 @@ def _real_flops(configs: list[Config]) -> list[int]:
     backend, totals = select_backend("cpu"), []
     for config in configs:
         initialize_distributed(config, backend)
-        model = build_model(config, backend, VOCAB).eval()
+        model = build_model(config, backend, VOCAB)[0].eval()
         tokens = torch.zeros(2, SEQUENCE, dtype=torch.long)
         positions = torch.arange(SEQUENCE).expand(2, -1)
         with FlopCounterMode(display=False) as counter:

@@ -9,8 +9,8 @@ import pytest
 from megatron_memory.config import Config
 from tests.distributed import run_ranks
 from tests.parallel.context_attention import use_gathered_attention
+from tests.parallel.runs import assert_equal_runs, train
 from tests.tiny import tiny_config
-from tests.training.test_parity_one_rank import assert_equal_runs, train
 
 CP2 = {"context_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

@@ -1,20 +1,15 @@
 """`--memory-parallel-size`: value columns over data-parallel neighbours too equal one rank.
 
-Tolerances as in tests/training/test_parity_one_rank.py.
+Tolerances as in tests/parallel/runs.py.
 """
 
 import pytest
 
 from megatron_memory.config import Config, PrecisionConfig
 from tests.distributed import run_ranks
+from tests.parallel.runs import assert_equal_runs, train, train_chunked
 from tests.tiny import tiny_config
-from tests.training.test_parity_one_rank import (
-    FULL_MEMORY,
-    RECOMPUTES,
-    assert_equal_runs,
-    train,
-    train_chunked,
-)
+from tests.training.test_parity_one_rank import FULL_MEMORY, RECOMPUTES
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 DISTOPT = {"use_distributed_optimizer": True}

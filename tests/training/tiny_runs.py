@@ -24,8 +24,8 @@ from megatron_memory.config import (
 )
 from megatron_memory.runtime import select_backend
 from megatron_memory.training import program, trainer
-from megatron_memory.training.setup import unwrap
 from megatron_memory.training.step import StepResult
+from megatron_memory.training.wrapping import unwrap
 from tests.full_tensors import Pieces, local_weights
 
 VOCAB, SEQUENCE, BATCH = 64, 16, 8

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_memory.config import Config, MemoryConfig, load_config
+from megatron_memory.config import Config, load_config
 from megatron_memory.config.flags import all_flags
-from megatron_memory.config.placement import resolve_memory_layers
+from megatron_memory.config.pools import groups_text, memory_layers, memory_pools
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from megatron_memory.training.checkpoint.folders import CONFIG_FILE
 
@@ -39,7 +39,6 @@ _MEMORY = (
     "gated",
     "qk_norm",
     "softmax_sink",
-    "share_scope",
 )
 # The same tensors fit, but the model computes something else: possible on purpose, so only said.
 _COMPUTATION = (
@@ -94,9 +93,11 @@ def _differences(saved: Config, ours: Config) -> Iterator[str]:
         names += [("model", name) for name in _EXPERTS]
     if ours.model.position_embedding_type == "learned_absolute":
         names.append(("model", "max_position_embeddings"))
-    their_layers, our_layers = (_layers(config) for config in (saved, ours))
+    their_layers, our_layers = memory_layers(saved), memory_layers(ours)
     if their_layers != our_layers:
-        yield f"--memory-layers {_shown(their_layers)} there, {_shown(our_layers)} here"
+        yield f"--memory-layers {_listed(their_layers)} there, {_listed(our_layers)} here"
+    elif our_layers:
+        yield from _table_differences(saved, ours)
     if their_layers and our_layers:
         names += [("memory", name) for name in _MEMORY]
     for component, name in names:
@@ -104,12 +105,19 @@ def _differences(saved: Config, ours: Config) -> Iterator[str]:
             yield _difference(component, name, saved, ours)
 
 
-def _layers(config: Config) -> str | None:
-    memory: MemoryConfig = config.memory
-    if memory.layers is None:
-        return None
-    layers = resolve_memory_layers(memory.layers, config.model.num_layers)
-    return ",".join(map(str, layers))
+def _table_differences(saved: Config, ours: Config) -> Iterator[str]:
+    """Which layers share tables, however the flags say it."""
+    theirs, mine = memory_pools(saved), memory_pools(ours)
+    if theirs == mine:
+        return
+    if saved.memory.share_scope != ours.memory.share_scope:
+        yield _difference("memory", "share_scope", saved, ours)
+    else:
+        yield f"--memory-share-groups {groups_text(theirs)} there, {groups_text(mine)} here"
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ",".join(map(str, layers)) or "none"
 
 
 def _difference(component: str, name: str, saved: Config, ours: Config) -> str:

@@ -22,7 +22,8 @@ from megatron_memory.training.checkpoint.architecture import check_same_architec
 from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
 from megatron_memory.training.checkpoint.schedule import load_optimizer, load_schedule
 from megatron_memory.training.checkpoint.state import Position
-from megatron_memory.training.setup import TrainingSetup, unwrap
+from megatron_memory.training.setup import TrainingSetup
+from megatron_memory.training.wrapping import unwrap
 
 Notify = Callable[[str], None]
 

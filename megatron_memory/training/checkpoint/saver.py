@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_memory.config import save_config
+from megatron_memory.config.pools import with_share_groups
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint import folders, state
 from megatron_memory.training.checkpoint.agreement import ask_first_rank
@@ -32,6 +33,7 @@ class CheckpointSaver:
     def __init__(self, setup: TrainingSetup, vocab_size: int):
         assert setup.config.checkpoint.save is not None, "there is nowhere to save to"
         self._setup = setup
+        self._config = with_share_groups(setup.config)
         self._vocab_size = vocab_size
         self._root = Path(setup.config.checkpoint.save)
         self._strategy = _strategy()
@@ -39,7 +41,7 @@ class CheckpointSaver:
         self.newest: Position | None = None
         """Of the newest checkpoint that is complete."""
         start_writer_queue()
-        ask_first_rank(lambda: save_config(setup.config, self._root / folders.CONFIG_FILE))
+        ask_first_rank(lambda: save_config(self._config, self._root / folders.CONFIG_FILE))
 
     def save(self, position: Position) -> Path:
         """Write a checkpoint; with `--async-save` it is complete only after a later `poll`.
@@ -117,7 +119,7 @@ class CheckpointSaver:
 
     def _publish_and_prune(self, iteration: int) -> None:
         folder = folders.incomplete_folder(self._root, iteration)
-        save_config(self._setup.config, folder / folders.CONFIG_FILE)
+        save_config(self._config, folder / folders.CONFIG_FILE)
         folders.publish(self._root, iteration)
         keep_last = self._setup.config.checkpoint.keep_last
         if keep_last is not None:

@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_memory.config import Config
 from megatron_memory.training.checkpoint import rng_state
-from megatron_memory.training.setup import TrainingSetup, data_parallel_group, unwrap
+from megatron_memory.training.setup import TrainingSetup, data_parallel_group
+from megatron_memory.training.wrapping import unwrap
 
 StateDict = dict[str, Any]
 
