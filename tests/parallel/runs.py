@@ -8,6 +8,8 @@ whose gradient is itself rounding noise could move by the learning rate in eithe
 comparable, to 3e-5.
 """
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -20,19 +22,24 @@ from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training.gradients import finalize_gradients
 from megatron_memory.training.setup import TrainingSetup, build_training_setup
-from megatron_memory.training.step import evaluate_loss, train_step
+from megatron_memory.training.step import Batch, evaluate_loss, train_step
 from megatron_memory.training.wrapping import unwrap
 from tests.full_tensors import Pieces, assemble, local_gradients, local_weights
 from tests.tiny import SEQUENCE, VOCAB
 
 STEPS = 3
+MOST_MICROBATCHES = 6 * (STEPS + 1)
 GRADIENT_TOLERANCES, WEIGHT_TOLERANCE = (1e-5, 1e-4, 1e-4), 3e-5
 
 
-def tiny_batches(data_parallel_rank: int, data_parallel_size: int):
+MakeBatches = Callable[[int, int], Iterator[Batch]]
+"""From a data-parallel rank and their number to its microbatches."""
+
+
+def tiny_batches(data_parallel_rank: int, data_parallel_size: int) -> Iterator[Batch]:
     """Microbatches of random tokens of a data-parallel rank, for `train`."""
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(0, VOCAB, (4 * STEPS + 4, 2, SEQUENCE + 1), generator=generator)
+    tokens = torch.randint(0, VOCAB, (MOST_MICROBATCHES, 2, SEQUENCE + 1), generator=generator)
     for micro_batch in tokens[data_parallel_rank::data_parallel_size]:
         yield {
             "tokens": micro_batch[:, :-1].contiguous(),
@@ -42,11 +49,14 @@ def tiny_batches(data_parallel_rank: int, data_parallel_size: int):
         }
 
 
-def train(config: Config, start: dict[str, Tensor] | None = None) -> dict:
+def train(
+    config: Config, start: dict[str, Tensor] | None = None, batches: MakeBatches = tiny_batches
+) -> dict:
     """Three steps and an evaluation on this rank; what it saw.
 
     `start`: whole weights to begin with. Pipeline stages need them, for they draw other random
     numbers than one rank.
+    `batches`: makes this rank's microbatches.
     """
     backend = select_backend("cpu")
     initialize_distributed(config, backend)
@@ -63,13 +73,14 @@ def train(config: Config, start: dict[str, Tensor] | None = None) -> dict:
 
     setup.transformer_config.finalize_model_grads_func = finalize
     size = parallel_state.get_data_parallel_world_size()
-    batches = tiny_batches(parallel_state.get_data_parallel_rank(), size)
+    microbatches = batches(parallel_state.get_data_parallel_rank(), size)
+    number = config.num_microbatches(torch.distributed.get_world_size())
     for _ in range(STEPS):
-        result = train_step(setup, batches, 4 // size)
+        result = train_step(setup, microbatches, number)
         seen["losses"].append(result.loss)
         seen["norms"].append((result.grad_norm, result.value_grad_norm))
     # The evaluation waits for the gathering of weights that may still be under way.
-    seen["losses"].append(evaluate_loss(setup, batches, 4 // size))
+    seen["losses"].append(evaluate_loss(setup, microbatches, number))
     seen["end"] = _local(setup, local_weights)
     return seen
 

@@ -13,8 +13,9 @@ from megatron_memory.memory.usage import SlotUsage
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from tests.distributed import run_ranks
+from tests.parallel.runs import train
 from tests.tiny import SEQUENCE, tiny_batch, tiny_config, tiny_model
-from tests.training.test_parity_one_rank import RECOMPUTES, train
+from tests.training.test_parity_one_rank import RECOMPUTES
 
 OVERLAP = {
     "use_distributed_optimizer": True,
