@@ -348,3 +348,8 @@ def _layer_problems(config: Config, is_cuda: bool, has_transformer_engine: bool)
                 f"{flag} needs Transformer Engine, which is not installed: {alternative}, or run "
                 f"{OPTIONAL_PACKAGES['te'].install}"
             )
+    if context > 1 and is_cuda and has_transformer_engine and not config.precision.bf16:
+        yield (
+            f"--context-parallel-size {context} computes in fp32, for which Transformer Engine's "
+            "attention over several ranks has no kernel: add --bf16, or use 1."
+        )

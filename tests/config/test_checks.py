@@ -291,7 +291,7 @@ def test_everything_wrong_is_said_at_once():
         ("", False, False),
         ("--transformer-impl local", True, False),
         ("--transformer-impl transformer_engine --moe-grouped-gemm", True, True),
-        ("--context-parallel-size 2", True, True),
+        ("--context-parallel-size 2 --bf16", True, True),
     ],
 )
 def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_engine):
@@ -332,6 +332,12 @@ def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_en
             True,
             False,
             ("--context-parallel-size 2", "not installed", "use 1", "pip install"),
+        ),
+        (
+            "--context-parallel-size 2",
+            True,
+            True,
+            ("--context-parallel-size 2", "fp32", "--bf16"),
         ),
         (
             "--context-parallel-size 2 --transformer-impl transformer_engine",

@@ -28,6 +28,11 @@ LAYOUTS = {
     "dp2-overlap": (2, 1, OVERLAP),
     "dp2-m2-overlap": (2, 2, OVERLAP),
     "tp2-sp-dp2-m2": (4, 2, TP2_SP),
+    "pp2-interleaved": (
+        2,
+        1,
+        {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    ),
 }
 """Ranks, M, and flags."""
 RANDOM = {"query_dropout": 0.1, "value_dropout": 0.2, "num_random_values": 2}

@@ -33,6 +33,7 @@ LAYOUTS = {
     "cp2": (2, 1, 8, {"context_parallel_size": 2}),
     "dp2-m2": (2, 2, 8, {}),
     "pp2": (2, 1, 6, PP2),
+    "pp2-cp2": (4, 1, 6, PP2 | {"context_parallel_size": 2}),
     "pp2-dp2-m2-overlap": (4, 2, 12, PP2 | OVERLAP),
 }
 """Ranks, M, sequences of a global batch, and flags; with pipelines three microbatches a step, which
