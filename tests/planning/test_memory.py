@@ -46,7 +46,9 @@ TP2_SP = TP2 | dict(sequence_parallel=True)
 DISTOPT = dict(use_distributed_optimizer=True)
 
 
-def _config(*, model=MODERN, memory=None, parallel=None, bf16=False, layers=2, **options) -> Config:
+def _config(
+    *, model=MODERN, memory=None, parallel=None, bf16=False, layers=2, batch=4, **options
+) -> Config:
     no_dropout = dict(hidden_dropout=0.0, attention_dropout=0.0)
     recompute = options.pop("recompute", {})
     return Config(
@@ -60,7 +62,7 @@ def _config(*, model=MODERN, memory=None, parallel=None, bf16=False, layers=2, *
         precision=PrecisionConfig(bf16=bf16, **options),
         optimizer=OptimizerSettings(lr=1e-3),
         recompute=RecomputeConfig(**recompute),
-        training=TrainingConfig(micro_batch_size=2, global_batch_size=8, train_iters=2),
+        training=TrainingConfig(micro_batch_size=2, global_batch_size=batch, train_iters=2),
     )
 
 
