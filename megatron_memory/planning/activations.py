@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import Literal
 
 from megatron_memory.config import Config, RecomputeConfig
-from megatron_memory.planning.parameters import expert_layers, memory_layers, projects_output
+from megatron_memory.config.pools import memory_layers
+from megatron_memory.planning.parameters import expert_layers, projects_output
 from megatron_memory.planning.states import element
 
 Layers = Literal["local on CPU", "local", "transformer_engine"]
@@ -131,6 +132,17 @@ def _recomputed_part(sizes: Sizes, layer: int) -> int:
     norm = anew.pop("stream") // 2
     # The block's output and its gradient, too.
     return norm + max(anew.values()) + 2 * sizes.stream
+
+
+def passed_activations(sizes: Sizes, *, is_first: bool, is_last: bool) -> int:
+    """What a pipeline stage keeps of what it receives and sends on, beyond its layers' inputs."""
+    kept = 0
+    recomputes_all = sizes.config.recompute.recompute_granularity == "full"
+    if not is_first and _is_decomposed(sizes) and sizes.element == 2 and not recomputes_all:
+        kept += sizes.stream
+    if not is_last and sizes.layers == "local on CPU":
+        kept += sizes.stream  # Megatron frees it on GPUs once it is sent
+    return kept
 
 
 def embedding_activations(sizes: Sizes) -> int:
@@ -281,6 +293,9 @@ def _memory_layer(sizes: Sizes) -> int:
     if is_shared:
         kept += sizes.tokens * neighbours * rows * 8
     elements = sizes.tokens * (memory.value_dim // sizes.ranks)
+    if sizes.recomputes("memory"):
+        # What the neighbours sent is kept, and not asked for again.
+        return kept + elements * e * (neighbours > 1) + _sigmoid_gate(sizes)
     if memory.variant == "memory+":
         # The gate's projection, the sums before the gate and after it; where the sums come from
         # neighbours, the gate's silu too.
@@ -291,9 +306,14 @@ def _memory_layer(sizes: Sizes) -> int:
         kept += _experts_of_rows(sizes, rows)
     if memory.value_dropout:
         kept += elements * _mask_element(sizes)
-    if memory.gated:
-        kept += sizes.own_tokens * (config.model.hidden_size + 1) * e
-    return kept
+    return kept + _sigmoid_gate(sizes)
+
+
+def _sigmoid_gate(sizes: Sizes) -> int:
+    """The output that it multiplies, and its own."""
+    if not sizes.config.memory.gated:
+        return 0
+    return sizes.own_tokens * (sizes.config.model.hidden_size + 1) * sizes.element
 
 
 def _routing(sizes: Sizes, is_shared: bool) -> int:

@@ -12,11 +12,20 @@ import dataclasses
 from typing import Literal
 
 from megatron_memory.config import Config
+from megatron_memory.config.pipeline import Stage
+from megatron_memory.config.pools import memory_layers
 from megatron_memory.planning.activations import Sizes, layers_of
-from megatron_memory.planning.groups import Collective, GroupName, groups, sent_bytes
-from megatron_memory.planning.parameters import memory_layers, projects_output, size_on_rank
-from megatron_memory.planning.stages import Chunk, by_rank, chunk_weights, model_chunks
-from megatron_memory.planning.states import buffers, element, gradient_element
+from megatron_memory.planning.groups import (
+    Collective,
+    Group,
+    GroupName,
+    groups,
+    replicas,
+    sent_bytes,
+)
+from megatron_memory.planning.parameters import projects_output, size_on_rank
+from megatron_memory.planning.stages import by_rank, rank_pools, stage_weights
+from megatron_memory.planning.states import buffers, element, gradient_element, padded_size
 
 Purpose = Literal[
     "activations",
@@ -31,7 +40,7 @@ Purpose = Literal[
     "values' gradients",
     "values' weights",
     "between stages",
-    "tied embedding's gradients",
+    "gradients of copies",
 ]
 
 
@@ -40,17 +49,15 @@ class Exchange:
     """Collectives of one kind, of one rank in one step."""
 
     purpose: Purpose
-    group: GroupName
+    group: Group
     collective: Collective
     size: int
     """Bytes of the whole tensors, over the step."""
-    ranks: int
-    """Of the group."""
 
     @property
     def sent(self) -> int:
         """Bytes that the rank sends, see `sent_bytes`."""
-        return sent_bytes(self.collective, self.size, self.ranks)
+        return sent_bytes(self.collective, self.size, self.group.size)
 
 
 class _Tally:
@@ -58,23 +65,20 @@ class _Tally:
 
     def __init__(self, config: Config, world_size: int):
         self.groups = groups(config, world_size)
-        self._sizes: collections.Counter = collections.Counter()
+        self._sizes: collections.Counter[tuple[Purpose, Group, Collective]] = collections.Counter()
 
-    def add(self, purpose: Purpose, group: GroupName, collective: Collective, size: int) -> None:
+    def add(
+        self, purpose: Purpose, group: GroupName | Group, collective: Collective, size: int
+    ) -> None:
         """Nothing is sent in a group of one."""
-        if self.groups[group].size > 1:
-            self._sizes[purpose, group, collective] += size
+        members = group if isinstance(group, Group) else self.groups[group]
+        if members.size > 1:
+            self._sizes[purpose, members, collective] += size
 
     def exchanges(self) -> list[Exchange]:
         """All that was added."""
         return [
-            Exchange(
-                purpose=purpose,
-                group=group,
-                collective=collective,
-                size=size,
-                ranks=self.groups[group].size,
-            )
+            Exchange(purpose=purpose, group=group, collective=collective, size=size)
             for (purpose, group, collective), size in self._sizes.items()
             if size
         ]
@@ -84,38 +88,35 @@ def rank_exchanges(
     config: Config, world_size: int, padded_vocab_size: int
 ) -> dict[int, list[Exchange]]:
     """By pipeline rank: what each of its ranks sends in a step."""
-    found, chunks = {}, model_chunks(config)
-    for rank, own in by_rank(chunks).items():
+    found = {}
+    for rank, stages in by_rank(config).items():
         tally = _Tally(config, world_size)
-        for chunk in own:
-            _per_microbatch(tally, config, chunk, config.num_microbatches(world_size), len(chunks))
-            _per_step(tally, config, chunk, world_size, padded_vocab_size)
+        for stage in stages:
+            _per_microbatch(tally, config, stage, config.num_microbatches(world_size))
+            _per_step(tally, config, stage, world_size, padded_vocab_size)
         found[rank] = tally.exchanges()
     return found
 
 
-def _per_microbatch(
-    tally: _Tally, config: Config, chunk: Chunk, number: int, num_chunks: int
-) -> None:
+def _per_microbatch(tally: _Tally, config: Config, stage: Stage, number: int) -> None:
     sizes = Sizes(config=config, layers=layers_of(config))
     whole = sizes.tokens * config.model.hidden_size * sizes.element * number
-    for layer in chunk.layers:
-        again = _repetitions(config, chunk, layer)
+    for layer in stage.layers:
+        again = _repetitions(config, stage, layer)
         _block(tally, config, whole, again.attention)
         _attention_over_context(tally, sizes, number, again.attention)
         if layer in memory_layers(config):
             _memory_layer(tally, sizes, number, again.mlp)
         else:
             _block(tally, config, whole, again.mlp)
-    if chunk.has_embedding:
+    if stage.has_embedding:
         _embedding(tally, config, whole)
-    if chunk.has_loss:
+    if stage.has_loss:
         _output(tally, config, whole)
         # Maxima, label's logits and sums of exponentials, fp32.
         tally.add("loss", "tensor", "all-reduce", 3 * sizes.tokens * 4 * number)
-    neighbours = 2 - int(chunk.has_embedding) - int(chunk.has_loss)
-    if num_chunks > 1:
-        tally.add("between stages", "pipeline", "send", neighbours * sizes.stream * number)
+    neighbours = 2 - int(stage.has_embedding) - int(stage.has_loss)
+    tally.add("between stages", "pipeline", "send", neighbours * sizes.stream * number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,11 +127,11 @@ class _Repetitions:
     mlp: int
 
 
-def _repetitions(config: Config, chunk: Chunk, layer: int) -> _Repetitions:
+def _repetitions(config: Config, stage: Stage, layer: int) -> _Repetitions:
     recompute = config.recompute
     if recompute.recompute_granularity == "full":
         first = recompute.recompute_num_layers or 1
-        is_again = recompute.recompute_method == "uniform" or layer in chunk.layers[:first]
+        is_again = recompute.recompute_method == "uniform" or layer in stage.layers[:first]
         return _Repetitions(attention=1 + is_again, mlp=1 + is_again)
     selected = recompute.recompute_granularity == "selective"
     modules = recompute.recompute_modules or ("core_attn",)
@@ -138,14 +139,21 @@ def _repetitions(config: Config, chunk: Chunk, layer: int) -> _Repetitions:
 
 
 def _block(
-    tally: _Tally, config: Config, whole: int, forwards: int, *, inward: bool = True
+    tally: _Tally,
+    config: Config,
+    whole: int,
+    forwards: int,
+    *,
+    inward: bool = True,
+    inward_again: bool = False,
 ) -> None:
-    """A column-parallel matrix, then a row-parallel one; without `inward` only the latter."""
+    """A column-parallel matrix, then a row-parallel one; without `inward` only the latter.
+    `inward_again`: the first is computed once more in backward."""
     if not config.parallel.sequence_parallel:
         tally.add("activations", "tensor", "all-reduce", whole * (forwards + inward))
         return
     # Inputs are gathered forward, and again for the weights' gradient; outputs' gradients, too.
-    gathers = (forwards + 1) * inward + 1
+    gathers = (forwards + 1 + inward_again) * inward + 1
     tally.add("activations", "tensor", "all-gather", whole * gathers)
     tally.add("activations", "tensor", "reduce-scatter", whole * (forwards + inward))
 
@@ -190,7 +198,8 @@ def _memory_layer(tally: _Tally, sizes: Sizes, number: int, forwards: int) -> No
     if memory.variant == "peer":
         _peer(tally, sizes, number, forwards, columns)
     if projects_output(config):
-        _block(tally, config, whole, forwards, inward=memory.variant == "memory+")
+        inward, again = memory.variant == "memory+", sizes.recomputes("memory")
+        _block(tally, config, whole, forwards, inward=inward, inward_again=again)
     elif config.parallel.sequence_parallel:
         tally.add("memory: looked-up sums", "tensor", "all-to-all", both)
     else:
@@ -231,20 +240,34 @@ def _peer(tally: _Tally, sizes: Sizes, number: int, forwards: int, columns: int)
 
 
 def _per_step(
-    tally: _Tally, config: Config, chunk: Chunk, world_size: int, padded_vocab_size: int
+    tally: _Tally, config: Config, stage: Stage, world_size: int, padded_vocab_size: int
 ) -> None:
-    found = chunk_weights(config, chunk, padded_vocab_size)
+    found = stage_weights(config, stage, padded_vocab_size)
     gradient = gradient_element(config)
     summed = ("always", "sequence") if config.parallel.sequence_parallel else ("always",)
     replicated = sum(size_on_rank(config, w) for w in found if w.summed in summed)
     tally.add("replicated weights' gradients", "tensor", "all-reduce", replicated * gradient)
+    # Without overlap each chained optimizer has all weights gathered after its update.
+    times = 1 + bool(rank_pools(config, stage.rank))
+    if config.parallel.overlap_param_gather:
+        times = 1
     values = [weight for weight in found if weight.part == "values"]
     rest = [weight for weight in found if weight.part != "values"]
     for buffer in buffers(config, rest, world_size):
         group: GroupName = "data" if buffer.ranks == tally.groups["data"].size else "copies"
-        _reduce(tally, config, group, buffer.padded, "gradients", "weights")
+        _reduce(tally, config, group, buffer.padded, times, ("gradients", "weights"))
     for buffer in buffers(config, values, world_size):
-        _reduce(tally, config, "copies", buffer.padded, "values' gradients", "values' weights")
+        purposes: tuple[Purpose, Purpose] = ("values' gradients", "values' weights")
+        _reduce(tally, config, "copies", buffer.padded, times, purposes)
+    for weight in found:
+        if weight.copies:
+            size = size_on_rank(config, weight)
+            if weight.part == "values" and config.parallel.use_distributed_optimizer:
+                # Each data-parallel rank its share.
+                ranks = tally.groups["copies"].size
+                size = padded_size(config, [size], ranks) // ranks
+            group_of = replicas(config, world_size, weight.copies)
+            tally.add("gradients of copies", group_of, "all-reduce", size * gradient)
 
 
 def _reduce(
@@ -252,15 +275,13 @@ def _reduce(
     config: Config,
     group: GroupName,
     number: int,
-    of_gradients: Purpose,
-    of_weights: Purpose,
+    times: int,
+    purposes: tuple[Purpose, Purpose],
 ) -> None:
-    parallel = config.parallel
+    """Of a buffer's gradients, and where these are shared out, a gathering of its weights."""
     gradients = number * gradient_element(config)
-    if not parallel.use_distributed_optimizer:
-        tally.add(of_gradients, group, "all-reduce", gradients)
+    if not config.parallel.use_distributed_optimizer:
+        tally.add(purposes[0], group, "all-reduce", gradients)
         return
-    tally.add(of_gradients, group, "reduce-scatter", gradients)
-    # Without overlap each of two chained optimizers has all weights gathered after its update.
-    times = 2 if config.memory.enabled and not parallel.overlap_param_gather else 1
-    tally.add(of_weights, group, "all-gather", times * number * element(config))
+    tally.add(purposes[0], group, "reduce-scatter", gradients)
+    tally.add(purposes[1], group, "all-gather", times * number * element(config))

@@ -1,7 +1,8 @@
 """FLOPs of a training token, by what computes them."""
 
 from megatron_memory.config import Config
-from megatron_memory.planning.parameters import expert_layers, memory_layers, projects_output
+from megatron_memory.config.pools import memory_layers
+from megatron_memory.planning.parameters import expert_layers, projects_output
 
 
 def flops_per_token(config: Config, padded_vocab_size: int) -> dict[str, int]:

@@ -9,9 +9,12 @@ from typing import Literal
 
 from megatron_memory.config import Config
 
-GroupName = Literal["tensor", "context", "neighbours", "memory", "data", "copies", "pipeline"]
+GroupName = Literal[
+    "tensor", "context", "neighbours", "memory", "data", "copies", "pipeline", "replicas"
+]
 """neighbours: data-parallel ranks that share a table's columns (or the experts); memory: all ranks
-that share them; copies: ranks with the same columns; data: data- and context-parallel ranks."""
+that share them; copies: ranks with the same columns; data: data- and context-parallel ranks;
+replicas: pipeline ranks with a copy of the same parameters."""
 Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 
 
@@ -23,6 +26,8 @@ class Group:
     size: int
     stride: int
     """Distance from one to the next."""
+    pipeline_ranks: tuple[int, ...] = ()
+    """Those of replicas, which need not be equally spaced."""
 
     def ranks_in_node(self, gpus_per_node: int) -> int:
         """Of the group, on one node."""
@@ -48,6 +53,16 @@ def groups(config: Config, world_size: int) -> dict[GroupName, Group]:
     return {
         name: Group(name=name, size=size, stride=stride) for name, (size, stride) in sizes.items()
     }
+
+
+def replicas(config: Config, world_size: int, pipeline_ranks: tuple[int, ...]) -> Group:
+    """The ranks of other pipeline ranks with the same parameters."""
+    return Group(
+        name="replicas",
+        size=len(pipeline_ranks),
+        stride=world_size // config.parallel.pipeline_model_parallel_size,
+        pipeline_ranks=pipeline_ranks,
+    )
 
 
 def sent_bytes(collective: Collective, size: int, ranks: int) -> int:

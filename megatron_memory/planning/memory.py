@@ -3,6 +3,8 @@
 import dataclasses
 
 from megatron_memory.config import Config
+from megatron_memory.config.pipeline import Stage
+from megatron_memory.config.pools import memory_layers
 from megatron_memory.planning.activations import (
     Kept,
     Sizes,
@@ -11,12 +13,12 @@ from megatron_memory.planning.activations import (
     embedding_activations,
     layers_of,
     output_activations,
+    passed_activations,
     probability_bytes,
     recomputed_at_once,
 )
-from megatron_memory.planning.parameters import memory_layers
 from megatron_memory.planning.schedule import most_held
-from megatron_memory.planning.stages import Chunk, by_rank, chunk_weights, model_chunks
+from megatron_memory.planning.stages import by_rank, stage_weights
 from megatron_memory.planning.states import StateBytes, shadow_bytes, state_bytes
 
 
@@ -38,8 +40,10 @@ class RankMemory:
     """How many microbatches that is, by chunk."""
     working: int
     """Temporaries of the backward pass, at its fullest moment, and what recompute makes anew."""
-    buffers: int
-    """For what other ranks send: gathered sequences, and what pipeline neighbours pass on."""
+    gathered: int
+    """Megatron's buffer for sequences that are gathered before a matrix product."""
+    passed: int
+    """Activations and gradients on their way from and to pipeline neighbours."""
 
     @property
     def states(self) -> StateBytes:
@@ -50,14 +54,15 @@ class RankMemory:
     def total(self) -> int:
         """At the fullest moment of a step: in a backward pass, or in the update."""
         passing = sum(self.activations.values()) + self.working
-        return self.states.total + self.shadow + self.buffers + max(passing, self.states.update)
+        steady = self.states.total + self.shadow + self.gathered
+        return steady + max(passing + self.passed, self.states.update)
 
 
 def rank_memories(config: Config, world_size: int, padded_vocab_size: int) -> list[RankMemory]:
-    """One for each pipeline rank, in order."""
+    """One for each pipeline rank, in order. `config` is checked for so many ranks."""
     return [
-        _rank_memory(config, chunks, world_size, padded_vocab_size)
-        for chunks in by_rank(model_chunks(config)).values()
+        _rank_memory(config, stages, world_size, padded_vocab_size)
+        for stages in by_rank(config).values()
     ]
 
 
@@ -67,20 +72,20 @@ def fullest(memories: list[RankMemory]) -> RankMemory:
 
 
 def _rank_memory(
-    config: Config, chunks: list[Chunk], world_size: int, padded_vocab_size: int
+    config: Config, stages: list[Stage], world_size: int, padded_vocab_size: int
 ) -> RankMemory:
     sizes, parallel = Sizes(config=config, layers=layers_of(config)), config.parallel
     values = rest = StateBytes(weights=0, gradients=0, main_weights=0, optimizer_states=0)
     shadow, kept = 0, []
-    for chunk in chunks:
-        found = chunk_weights(config, chunk, padded_vocab_size)
+    for stage in stages:
+        found = stage_weights(config, stage, padded_vocab_size)
         values += state_bytes(config, [w for w in found if w.part == "values"], world_size)
         rest += state_bytes(config, [w for w in found if w.part != "values"], world_size)
         shadow += shadow_bytes(config, found)
-        kept.append(_chunk_kept(sizes, chunk, padded_vocab_size))
+        kept.append(_stage_kept(sizes, stage, padded_vocab_size))
     _, held = most_held(
         [sum(of_chunk.values()) for of_chunk in kept],
-        rank=chunks[0].rank,
+        rank=stages[0].rank,
         num_ranks=parallel.pipeline_model_parallel_size,
         num_microbatches=config.num_microbatches(world_size),
     )
@@ -88,44 +93,42 @@ def _rank_memory(
     for of_chunk, number in zip(kept, held, strict=True):
         add(activations, {part: size * number for part, size in of_chunk.items()})
     return RankMemory(
-        rank=chunks[0].rank,
+        rank=stages[0].rank,
         values=values,
         rest=rest,
         shadow=shadow,
         activations=activations,
         held=held,
-        working=max(_working(sizes, chunk, padded_vocab_size) for chunk in chunks),
-        buffers=_buffers(sizes),
+        working=max(_working(sizes, stage, padded_vocab_size) for stage in stages),
+        gathered=_gathered(sizes),
+        passed=4 * sizes.stream if parallel.pipeline_model_parallel_size > 1 else 0,
     )
 
 
-def _chunk_kept(sizes: Sizes, chunk: Chunk, padded_vocab_size: int) -> Kept:
-    kept = chunk_activations(sizes, chunk.layers)
-    if chunk.has_embedding:
+def _stage_kept(sizes: Sizes, stage: Stage, padded_vocab_size: int) -> Kept:
+    kept = chunk_activations(sizes, stage.layers)
+    if stage.has_embedding:
         add(kept, {"stream": embedding_activations(sizes)})
-    if chunk.has_loss:
+    if stage.has_loss:
         add(kept, {"stream": output_activations(sizes, padded_vocab_size)})
+    passed = passed_activations(sizes, is_first=stage.has_embedding, is_last=stage.has_loss)
+    add(kept, {"stream": passed})
     return kept
 
 
-def _buffers(sizes: Sizes) -> int:
-    parallel, hidden = sizes.config.parallel, sizes.config.model.hidden_size
-    gathered = 0
-    if parallel.sequence_parallel:
-        # Megatron's global buffer, which all gathers before a matrix product use.
-        gathered = sizes.tokens * hidden * sizes.element
-    # One activation and one gradient on their way, from and to the neighbours.
-    passed = 4 * sizes.stream if parallel.pipeline_model_parallel_size > 1 else 0
-    return gathered + passed
+def _gathered(sizes: Sizes) -> int:
+    if not sizes.config.parallel.sequence_parallel:
+        return 0
+    return sizes.tokens * sizes.config.model.hidden_size * sizes.element
 
 
-def _working(sizes: Sizes, chunk: Chunk, padded_vocab_size: int) -> int:
+def _working(sizes: Sizes, stage: Stage, padded_vocab_size: int) -> int:
     """Beyond what is kept when the backward pass begins."""
     of_layers = _layer_working(sizes)
-    if set(chunk.layers) & set(memory_layers(sizes.config)):
+    if set(stage.layers) & set(memory_layers(sizes.config)):
         of_layers = max(of_layers, _bag_working(sizes))
-    of_layers += recomputed_at_once(sizes, chunk.layers)
-    if not chunk.has_loss:
+    of_layers += recomputed_at_once(sizes, stage.layers)
+    if not stage.has_loss:
         return of_layers
     # By then the loss has let go of its probabilities.
     of_layers -= probability_bytes(sizes, padded_vocab_size)

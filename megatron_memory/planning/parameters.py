@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from megatron_memory.config import Config
-from megatron_memory.config.placement import resolve_memory_layers
+from megatron_memory.config.pools import Pool, memory_layers, memory_pools
 
 Part = Literal["dense", "router", "values", "experts"]
 
@@ -27,15 +27,8 @@ class Weight:
     summed: Literal["never", "sequence", "always"] = "never"
     """When a replicated weight's gradient is summed over the tensor-parallel ranks: under sequence
     parallelism, or always, where each rank sees its own heads alone."""
-    layer: int | None = None
-    """The decoder layer that holds it, counted from 0; None: at the model's ends, or a table."""
-
-
-def memory_layers(config: Config) -> tuple[int, ...]:
-    """The memory layers, counted from 0."""
-    if config.memory.layers is None:
-        return ()
-    return resolve_memory_layers(config.memory.layers, config.model.num_layers)
+    copies: tuple[int, ...] = ()
+    """The pipeline ranks with a copy each, whose gradients are summed; empty where there is one."""
 
 
 def expert_layers(config: Config) -> tuple[int, ...]:
@@ -50,28 +43,34 @@ def weights(config: Config, padded_vocab_size: int) -> list[Weight]:
     return [
         *embedding_weights(config, padded_vocab_size),
         *layer_weights(config, range(config.model.num_layers)),
-        *output_weights(config, padded_vocab_size, has_embedding=True),
-        *table_weights(config, num_owners(config)),
+        *output_weights(config, padded_vocab_size),
+        *table_weights(config, memory_pools(config)),
     ]
 
 
-def embedding_weights(config: Config, padded_vocab_size: int) -> Iterator[Weight]:
-    """Of the model's first end."""
+def embedding_weights(
+    config: Config, padded_vocab_size: int, copies: tuple[int, ...] = ()
+) -> Iterator[Weight]:
+    """Of the model's first end; `copies` as in `Weight`, of the matrix that the output shares."""
     model = config.model
-    yield Weight(part="dense", size=padded_vocab_size * model.hidden_size, is_split=True)
+    yield _vocabulary(config, padded_vocab_size, copies)
     if model.position_embedding_type == "learned_absolute":
         yield Weight(part="dense", size=model.max_position_embeddings * model.hidden_size)
 
 
 def output_weights(
-    config: Config, padded_vocab_size: int, *, has_embedding: bool
+    config: Config, padded_vocab_size: int, copies: tuple[int, ...] = ()
 ) -> Iterator[Weight]:
-    """Of the model's last end: final norm and output layer, which is a copy of the embedding where
-    they are tied and the embedding is on another rank."""
-    model = config.model
-    yield from _norm(config, model.hidden_size)
-    if model.untie_embeddings_and_output_weights or not has_embedding:
-        yield Weight(part="dense", size=padded_vocab_size * model.hidden_size, is_split=True)
+    """Of the model's last end: final norm and output layer, which is the embedding's matrix where
+    they are tied; with `copies`, a copy of it."""
+    yield from _norm(config, config.model.hidden_size)
+    if config.model.untie_embeddings_and_output_weights or copies:
+        yield _vocabulary(config, padded_vocab_size, copies)
+
+
+def _vocabulary(config: Config, padded_vocab_size: int, copies: tuple[int, ...]) -> Weight:
+    size = padded_vocab_size * config.model.hidden_size
+    return Weight(part="dense", size=size, is_split=True, copies=copies)
 
 
 def layer_weights(config: Config, layers: Iterable[int]) -> list[Weight]:
@@ -86,7 +85,7 @@ def layer_weights(config: Config, layers: Iterable[int]) -> list[Weight]:
             of_layer += _experts(config)
         else:
             of_layer += _mlp(config, config.model.ffn_hidden_size, "dense")
-        found += [dataclasses.replace(weight, layer=layer) for weight in of_layer]
+        found += of_layer
     return found
 
 
@@ -164,22 +163,17 @@ def _memory_layer(config: Config) -> Iterator[Weight]:
         yield Weight(part="dense", size=1, summed="sequence")
 
 
-def table_weights(config: Config, owners: int) -> list[Weight]:
-    """Of so many owners of tables: pools, or single layers."""
-    memory = config.memory
-    table = Weight(part="values", size=memory.num_values * memory.value_dim, is_split=True)
-    return [table] * owners * tables_per_owner(config)
-
-
-def tables_per_owner(config: Config) -> int:
-    """PEER reads two tables at a time."""
-    return 2 if config.memory.variant == "peer" else 1
-
-
-def num_owners(config: Config) -> int:
-    """Pools or layers with tables of their own, in the whole model."""
-    num_layers = len(memory_layers(config))
-    return min(num_layers, 1) if config.memory.share_scope == "model" else num_layers
+def table_weights(
+    config: Config, pools: Iterable[Pool], copies: Iterable[tuple[int, ...]] | None = None
+) -> list[Weight]:
+    """Of the pools' tables; PEER's have two each. `copies` as in `Weight`, for each pool."""
+    memory, pools = config.memory, list(pools)
+    size = memory.num_values * memory.value_dim
+    found = []
+    for ranks in [()] * len(pools) if copies is None else copies:
+        table = Weight(part="values", size=size, is_split=True, copies=ranks)
+        found += [table] * (2 if memory.variant == "peer" else 1)
+    return found
 
 
 def size_on_rank(config: Config, weight: Weight) -> int:

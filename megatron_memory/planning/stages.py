@@ -1,62 +1,56 @@
-"""The model's chunks on pipeline ranks, with the tables that each registers."""
-
-import dataclasses
+"""The parameters of the model's chunks on pipeline ranks."""
 
 from megatron_memory.config import Config
+from megatron_memory.config.pipeline import Stage
+from megatron_memory.config.pools import Pool, memory_pools, pool_ranks
 from megatron_memory.planning.parameters import (
     Weight,
     embedding_weights,
     layer_weights,
-    num_owners,
     output_weights,
     table_weights,
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Consecutive layers on one pipeline rank; a rank has several where stages are interleaved."""
-
-    rank: int
-    """Pipeline rank."""
-    number: int
-    """Counts the rank's chunks from 0."""
-    layers: tuple[int, ...]
-    """Counted from 0 over the whole model."""
-    has_embedding: bool
-    has_loss: bool
-    num_pools: int
-    """Pools of values that it registers; PEER's have two tables each."""
-
-
-def model_chunks(config: Config) -> tuple[Chunk, ...]:
-    """All chunks in the model's order."""
-    return (
-        Chunk(
-            rank=0,
-            number=0,
-            layers=tuple(range(config.model.num_layers)),
-            has_embedding=True,
-            has_loss=True,
-            num_pools=num_owners(config),
-        ),
-    )
-
-
-def by_rank(chunks: tuple[Chunk, ...]) -> dict[int, list[Chunk]]:
-    """The chunks of each pipeline rank."""
-    ranks: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        ranks.setdefault(chunk.rank, []).append(chunk)
+def by_rank(config: Config) -> dict[int, list[Stage]]:
+    """The stages of each pipeline rank."""
+    ranks: dict[int, list[Stage]] = {}
+    for stage in config.stages:
+        ranks.setdefault(stage.rank, []).append(stage)
     return dict(sorted(ranks.items()))
 
 
-def chunk_weights(config: Config, chunk: Chunk, padded_vocab_size: int) -> list[Weight]:
-    """The parameters of one chunk."""
-    found = layer_weights(config, chunk.layers)
-    if chunk.has_embedding:
-        found = [*embedding_weights(config, padded_vocab_size), *found]
-    if chunk.has_loss:
-        has_embedding = chunk.has_embedding
-        found += output_weights(config, padded_vocab_size, has_embedding=has_embedding)
-    return found + table_weights(config, chunk.num_pools)
+def pools_of(config: Config, stage: Stage) -> list[Pool]:
+    """The pools that a stage holds: the first of its rank's stages that reads one holds it."""
+    earlier = {
+        layer
+        for other in config.stages
+        if other.rank == stage.rank and other.chunk < stage.chunk
+        for layer in other.layers
+    }
+    return [
+        pool
+        for pool in memory_pools(config)
+        if set(pool.layers) & set(stage.layers) and not set(pool.layers) & earlier
+    ]
+
+
+def rank_pools(config: Config, rank: int) -> list[Pool]:
+    """The pools of which a pipeline rank has a copy."""
+    return [pool for pool in memory_pools(config) if rank in pool_ranks(config, pool)]
+
+
+def stage_weights(config: Config, stage: Stage, padded_vocab_size: int) -> list[Weight]:
+    """The parameters of one stage."""
+    found = layer_weights(config, stage.layers)
+    ends: tuple[int, ...] = ()
+    num_ranks = config.parallel.pipeline_model_parallel_size
+    if num_ranks > 1 and not config.model.untie_embeddings_and_output_weights:
+        ends = (0, num_ranks - 1)
+    if stage.has_embedding:
+        found = [*embedding_weights(config, padded_vocab_size, ends), *found]
+    if stage.has_loss:
+        found += output_weights(config, padded_vocab_size, ends)
+    pools = pools_of(config, stage)
+    ranks = [pool_ranks(config, pool) for pool in pools]
+    return found + table_weights(config, pools, [r if len(r) > 1 else () for r in ranks])

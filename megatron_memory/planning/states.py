@@ -64,18 +64,24 @@ def buffers(config: Config, found: Iterable[Weight], world_size: int) -> list[Bu
     """Megatron's buffers for weights of one chunk: of all ranks' weights, and of those that
     data-parallel neighbours share (values, experts)."""
     copies = config.data_parallel_size(world_size) * config.parallel.context_parallel_size
-    own: list[int] = []
-    shared: list[int] = []
+    own: list[Weight] = []
+    shared: list[Weight] = []
     splits_experts = config.parallel.expert_model_parallel_size > 1
     for weight in on_rank(config, found):
         is_shared = weight.part == "values" or (weight.part == "experts" and splits_experts)
-        (shared if is_shared else own).append(size_on_rank(config, weight))
+        (shared if is_shared else own).append(weight)
     groups = ((own, copies), (shared, copies // config.expert_group_size))
-    return [
-        Buffer(sizes=tuple(sizes), ranks=ranks, padded=padded_size(config, sizes, ranks))
-        for sizes, ranks in groups
-        if sizes
-    ]
+    return [_buffer(config, members, ranks) for members, ranks in groups if members]
+
+
+def _buffer(config: Config, members: list[Weight], ranks: int) -> Buffer:
+    sizes = [size_on_rank(config, weight) for weight in members]
+    # A parameter with copies on other pipeline ranks has a bucket of its own.
+    alone = [size for size, weight in zip(sizes, members, strict=True) if weight.copies]
+    together = [size for size, weight in zip(sizes, members, strict=True) if not weight.copies]
+    padded = padded_size(config, together, ranks)
+    padded += sum(padded_size(config, [size], ranks) for size in alone)
+    return Buffer(sizes=tuple(sizes), ranks=ranks, padded=padded)
 
 
 def padded_size(config: Config, sizes: Iterable[int], ranks: int) -> int:

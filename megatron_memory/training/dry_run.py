@@ -5,9 +5,14 @@ import sys
 from collections.abc import Iterator
 
 from megatron_memory.config import Config, check_config
+from megatron_memory.config.pools import memory_layers, memory_pools
+from megatron_memory.planning.communication import rank_exchanges
 from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.planning.memory import fullest, rank_memories
-from megatron_memory.planning.parameters import Part, count, memory_layers, weights
+from megatron_memory.planning.parameters import Part, count, weights
+from megatron_memory.planning.report import bytes_text
+from megatron_memory.planning.stages import by_rank, rank_pools, stage_weights
+from megatron_memory.planning.states import StateBytes, gradient_element
 
 
 def dry_run(config: Config) -> int:
@@ -55,63 +60,109 @@ def describe(config: Config, world_size: int, vocab_size: int, padded: int) -> I
     yield from _parameters(config, padded)
     yield from _placement(config, world_size)
     yield from _memory(config, world_size, padded)
+    yield from _communication(config, world_size, padded)
     yield from _flops(config, padded)
     yield from _batch(config, world_size)
 
 
 def _parameters(config: Config, padded: int) -> Iterator[str]:
-    found = weights(config, padded)
-    whole = count(config, found, on_one_rank=False)
-    one = count(config, found, on_one_rank=True)
+    whole = count(config, weights(config, padded), on_one_rank=False)
+    ranks = [
+        count(
+            config, [w for s in stages for w in stage_weights(config, s, padded)], on_one_rank=True
+        )
+        for stages in by_rank(config).values()
+    ]
     names: dict[Part, str] = {
         "dense": "dense (all but the following)",
         "router": "memory queries and keys",
         "values": "memory values",
         "experts": "experts",
     }
-    yield f"Parameters: {sum(whole.values()):,}; on each rank {sum(one.values()):,}"
+    each = "on each rank" if len(ranks) == 1 else "on each rank at most"
+    most = max(sum(of_rank.values()) for of_rank in ranks)
+    yield f"Parameters: {sum(whole.values()):,}; {each} {most:,}"
     for part, name in names.items():
         if whole[part]:
-            yield f"  {name}: {whole[part]:,}; on each rank {one[part]:,}"
+            most = max(of_rank[part] for of_rank in ranks)
+            yield f"  {name}: {whole[part]:,}; {each} {most:,}"
 
 
 def _placement(config: Config, world_size: int) -> Iterator[str]:
     parallel, memory = config.parallel, config.memory
-    ranks = parallel.tensor_model_parallel_size
-    yield (
-        f"Placement: {world_size} ranks = {ranks} tensor-parallel x "
-        f"{config.data_parallel_size(world_size)} data-parallel; layers 0 to "
-        f"{config.model.num_layers - 1} on every rank"
-    )
+    ranks, stages = parallel.tensor_model_parallel_size, by_rank(config)
+    sizes = f"{ranks} tensor-parallel x {config.data_parallel_size(world_size)} data-parallel"
+    if parallel.context_parallel_size > 1:
+        sizes += f" x {parallel.context_parallel_size} context-parallel"
+    if len(stages) == 1:
+        last = config.model.num_layers - 1
+        yield f"Placement: {world_size} ranks = {sizes}; layers 0 to {last} on every rank"
+    else:
+        yield f"Placement: {world_size} ranks = {sizes} x {len(stages)} pipeline"
+        yield from _stages(config, world_size // len(stages))
     layers = memory_layers(config)
     if not layers:
         return
-    shared = memory.share_scope == "model"
-    table = "one table for all" if shared else "a table for each"
     yield (
-        f"  memory layers {', '.join(map(str, layers))} (counted from 0), {table}: "
+        f"  memory layers {', '.join(map(str, layers))} (counted from 0), {_tables(config)}: "
         f"{memory.num_values:,} rows of {memory.value_dim}"
     )
     which = {"auto": "Triton on GPUs that run it, else torch", "triton": "Triton", "torch": "torch"}
     read = "in fp8" if memory.fp8_values else "as they are stored"
     yield f"  kernels: {which[memory.kernels]}; values are read {read}"
-    neighbours = memory.parallel_size
+    yield from _columns(config, world_size)
+
+
+def _tables(config: Config) -> str:
+    pools = memory_pools(config)
+    if len(pools) == 1:
+        return "one table for all"
+    if config.memory.share_scope == "layer":
+        return "a table for each"
+    return "tables for " + "; ".join(", ".join(map(str, pool.layers)) for pool in pools)
+
+
+def _stages(config: Config, ranks_per_stage: int) -> Iterator[str]:
+    """Which layers and tables each pipeline rank has."""
+    with_memory = memory_layers(config)
+    for rank, stages in by_rank(config).items():
+        parts = []
+        for stage in stages:
+            ends = ["embedding"] * stage.has_embedding
+            if stage.layers:
+                ends.append(f"{stage.layers[0]} to {stage.layers[-1]}")
+            parts.append(" + ".join([*ends, *["output"] * stage.has_loss]))
+        reading = [layer for s in stages for layer in s.layers if layer in with_memory]
+        held = ", ".join(pool.name for pool in rank_pools(config, rank))
+        tables = f"; memory layers {', '.join(map(str, reading))}, table {held}" if reading else ""
+        first = rank * ranks_per_stage
+        span = f"{first} to {first + ranks_per_stage - 1}" if ranks_per_stage > 1 else f"{first}"
+        yield f"  pipeline rank {rank} (ranks {span}): layers {' | '.join(parts)}{tables}"
+
+
+def _columns(config: Config, world_size: int) -> Iterator[str]:
+    """Which ranks have which of a table's columns."""
+    neighbours, ranks = config.memory.parallel_size, config.parallel.tensor_model_parallel_size
     if neighbours > 1:
         yield (
             f"  groups of {ranks * neighbours} ranks share a table's columns: {ranks} "
             f"tensor-parallel x {neighbours} data-parallel neighbours"
         )
-    columns = memory.value_dim // (ranks * neighbours)
+    stages = by_rank(config)
+    size = world_size // len(stages)
+    holding = [rank for rank in stages if rank_pools(config, rank)]
+    columns = config.memory.value_dim // (ranks * neighbours)
     for block in range(ranks * neighbours):
         first = block * columns
         # A rank of the group counts tensor-parallel ranks first, a block neighbours first.
         member = block // neighbours + block % neighbours * ranks
-        members = _members(member, ranks * neighbours, world_size)
-        yield f"  {members}: columns {first} to {first + columns - 1} of each table"
+        members = [
+            r for h in holding for r in range(h * size + member, (h + 1) * size, ranks * neighbours)
+        ]
+        yield f"  {_members(members)}: columns {first} to {first + columns - 1} of each table"
 
 
-def _members(first: int, step: int, world_size: int) -> str:
-    members = list(range(first, world_size, step))
+def _members(members: list[int]) -> str:
     if len(members) == 1:
         return f"rank {members[0]}"
     shown = ", ".join(map(str, members[:3])) + (", ..." if len(members) > 3 else "")
@@ -119,30 +170,57 @@ def _members(first: int, step: int, world_size: int) -> str:
 
 
 def _memory(config: Config, world_size: int, padded: int) -> Iterator[str]:
-    rank = fullest(rank_memories(config, world_size, padded))
-    bf16 = config.precision.bf16
-    kind = "bf16" if bf16 else "fp32"
-    reduced = bf16 and not config.precision.accumulate_allreduce_grads_in_fp32
-    yield f"Memory on each rank: {_bytes(rank.total)} and the allocator's overhead"
-    for name, states in {"values": rank.values, "the rest": rank.rest}.items():
-        if not states.total:
-            continue
+    memories = rank_memories(config, world_size, padded)
+    rank = fullest(memories)
+    if len(memories) == 1:
+        yield f"Memory on each rank: {bytes_text(rank.total)} and the allocator's overhead"
+    else:
         yield (
-            f"  {name}: weights ({kind}) {_bytes(states.weights)}, gradients "
-            f"({'bf16' if reduced else 'fp32'}) {_bytes(states.gradients)}, "
-            + (f"main weights (fp32) {_bytes(states.main_weights)}, " if bf16 else "")
-            + f"optimizer states (fp32) {_bytes(states.optimizer_states)}"
+            f"Memory on each rank of pipeline rank {rank.rank}, the fullest: "
+            f"{bytes_text(rank.total)} and the allocator's overhead"
         )
+    for name, states in {"values": rank.values, "the rest": rank.rest}.items():
+        if states.total:
+            yield f"  {name}: {_states(config, states)}"
     if rank.shadow:
-        yield f"  values in fp8, with a scale a row: {_bytes(rank.shadow)}"
+        yield f"  values in fp8, with a scale a row: {bytes_text(rank.shadow)}"
     yield (
-        f"  activations: {_bytes(sum(rank.activations.values()))} kept, {_bytes(rank.working)} of "
-        f"temporaries, {_bytes(rank.buffers)} for what is gathered"
+        f"  activations: {bytes_text(sum(rank.activations.values()))} kept"
+        + (f" of {sum(rank.held)} microbatches in flight" if len(memories) > 1 else "")
+        + f", {bytes_text(rank.working)} of temporaries, "
+        f"{bytes_text(rank.gathered + rank.passed)} for what other ranks send"
+    )
+    if len(memories) > 1:
+        totals = ", ".join(f"{m.rank}: {bytes_text(m.total)}" for m in memories)
+        yield f"  by pipeline rank: {totals}"
+
+
+def _states(config: Config, states: StateBytes) -> str:
+    bf16 = config.precision.bf16
+    return (
+        f"weights ({'bf16' if bf16 else 'fp32'}) {bytes_text(states.weights)}, gradients "
+        f"({'fp32' if gradient_element(config) == 4 else 'bf16'}) {bytes_text(states.gradients)}, "
+        + (f"main weights (fp32) {bytes_text(states.main_weights)}, " if bf16 else "")
+        + f"optimizer states (fp32) {bytes_text(states.optimizer_states)}"
     )
 
 
-def _bytes(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+def _communication(config: Config, world_size: int, padded: int) -> Iterator[str]:
+    """Of the pipeline rank that sends the most."""
+    if world_size == 1:
+        return
+    ranks = rank_exchanges(config, world_size, padded)
+    rank = max(ranks, key=lambda rank: sum(exchange.sent for exchange in ranks[rank]))
+    exchanges = sorted(ranks[rank], key=lambda exchange: -exchange.sent)
+    total = sum(exchange.sent for exchange in exchanges)
+    where = "Each rank" if len(ranks) == 1 else f"Each rank of pipeline rank {rank}"
+    yield f"{where} sends {bytes_text(total)} in a step"
+    for exchange in exchanges:
+        group = exchange.group
+        yield (
+            f"  {exchange.purpose} ({group.name}, {group.size} ranks): "
+            f"{exchange.collective} {bytes_text(exchange.sent)}"
+        )
 
 
 def _flops(config: Config, padded: int) -> Iterator[str]:

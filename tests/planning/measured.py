@@ -11,7 +11,8 @@ from megatron_memory.memory.layer import MemoryLayer
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training import step as step_module
-from megatron_memory.training.setup import TrainingSetup, build_training_setup, unwrap
+from megatron_memory.training.setup import TrainingSetup, build_training_setup
+from megatron_memory.training.wrapping import unwrap
 from tests.planning.live_memory import LiveBytes
 
 
@@ -24,7 +25,7 @@ class Measured:
     main_weights: int
     optimizer_states: int
     activations: dict[str, int]
-    """Alive between the forward and the backward pass of a microbatch, by part."""
+    """Alive after the forward pass of a microbatch, when the most are kept, by part."""
     peak: int
     """The most that was alive besides weights, gradients, main weights and states."""
 
@@ -52,22 +53,23 @@ def measure(config: Config, padded_vocab_size: int) -> Measured:
     number = config.num_microbatches(torch.distributed.get_world_size())
     step_module.train_step(setup, data, number)
     live = _Watched(setup)
-    at_loss: list[dict[str, int]] = []
-    loss = step_module._masked_mean
+    snapshots: list[dict[str, int]] = [{}]
+    forward = step_module._forward
 
-    def observed_loss(*arguments):
-        at_loss.append(dict(live.by_label))
-        return loss(*arguments)
+    def observed_forward(*arguments, **options):
+        result = forward(*arguments, **options)
+        snapshots.append(dict(live.by_label))
+        return result
 
-    step_module._masked_mean = observed_loss
+    step_module._forward = observed_forward
     try:
         with live:
             step_module.train_step(setup, data, number)
     finally:
-        step_module._masked_mean = loss
+        step_module._forward = forward
     states = _states(setup)
     parallel_state.destroy_model_parallel()
-    largest = max(at_loss, key=lambda sizes: sum(sizes.values()), default={})
+    largest = max(snapshots, key=lambda sizes: sum(sizes.values()))
     return Measured(**states, activations=largest, peak=live.peak)
 
 

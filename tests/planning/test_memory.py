@@ -19,7 +19,7 @@ from megatron_memory.config import (
     RecomputeConfig,
     TrainingConfig,
 )
-from megatron_memory.planning.memory import RankMemory, fullest, rank_memories
+from megatron_memory.planning.memory import RankMemory, rank_memories
 from tests.distributed import run_ranks
 from tests.planning.measured import Measured, measure_all
 
@@ -41,6 +41,11 @@ FULL = dict(recompute_granularity="full", recompute_num_layers=2)
 SELECTIVE = dict(
     recompute_granularity="selective", recompute_modules=("core_attn", "mlp", "layernorm")
 )
+PP2 = dict(pipeline_model_parallel_size=2)
+VPP2 = PP2 | dict(num_layers_per_virtual_pipeline_stage=1)
+REPLICAS = dict(layers="0,3", replicate_pool=True)
+UNTIED = dict(untie_embeddings_and_output_weights=True)
+SUMS = dict(recompute_granularity="selective", recompute_modules=("memory",))
 TP2 = dict(tensor_model_parallel_size=2)
 TP2_SP = TP2 | dict(sequence_parallel=True)
 DISTOPT = dict(use_distributed_optimizer=True)
@@ -83,6 +88,7 @@ RUNS: dict[int, dict[str, Config]] = {
         "full recompute": _config(layers=4, recompute=FULL | dict(recompute_method="uniform")),
         "of some layers": _config(layers=4, recompute=FULL | dict(recompute_method="block")),
         "selective recompute": _config(recompute=SELECTIVE),
+        "recompute of sums": _config(recompute=SUMS),
     },
     2: {
         "TP 2": _config(parallel=TP2),
@@ -90,6 +96,15 @@ RUNS: dict[int, dict[str, Config]] = {
         "TP 2, SP, all of memory+": _config(parallel=TP2_SP, memory=OPTIONS),
         "TP 2, SP, peer": _config(parallel=TP2_SP, memory={"variant": "peer"}),
         "DP 2 with distributed optimizer": _config(parallel=DISTOPT),
+        "PP 2": _config(parallel=PP2, layers=4),
+        "PP 2 in bf16, own output layer": _config(
+            parallel=PP2, layers=4, model=MODERN | UNTIED, bf16=True, batch=8
+        ),
+        "VPP 2": _config(parallel=VPP2, layers=4, batch=8),
+        "VPP 2, copies of the table, distributed optimizer": _config(
+            parallel=VPP2 | DISTOPT, layers=4, batch=8, memory=REPLICAS, bf16=True
+        ),
+        "M 2, recompute of sums": _config(memory={"parallel_size": 2}, recompute=SUMS),
         "M 2": _config(memory={"parallel_size": 2}, bf16=True),
         "M 2, peer": _config(memory={"parallel_size": 2, "variant": "peer"}),
     },
@@ -115,22 +130,19 @@ def _assert_states(estimate: RankMemory, ranks: list[Measured], name: str) -> No
 
 
 def _assert_activations(estimate: RankMemory, measured: Measured, name: str) -> None:
-    parts = estimate.activations.keys() | measured.activations.keys()
-    for part in parts:
-        real = measured.activations.get(part, 0)
-        assert estimate.activations.get(part, 0) == pytest.approx(real, rel=ACTIVATIONS), (
-            name,
-            part,
-        )
+    """What is on its way between pipeline neighbours cannot be told from the stream."""
+    for part in estimate.activations.keys() | measured.activations.keys():
+        ours, real = estimate.activations.get(part, 0), measured.activations.get(part, 0)
+        more = estimate.passed if part == "stream" else 0
+        assert ours * (1 - ACTIVATIONS) <= real <= ours * (1 + ACTIVATIONS) + more, (name, part)
 
 
 def _assert_total(estimate: RankMemory, measured: Measured, name: str) -> None:
-    """Buffers are made in the first step, and so are not among what the second one makes."""
+    """The buffer of gathered sequences is made in the first step, and not in the second."""
     states = measured.weights + measured.gradients
     states += measured.main_weights + measured.optimizer_states
-    assert estimate.total - estimate.buffers == pytest.approx(states + measured.peak, rel=TOTAL), (
-        name
-    )
+    ours = estimate.total - estimate.gathered
+    assert ours == pytest.approx(states + measured.peak, rel=TOTAL), name
 
 
 @pytest.mark.distributed
@@ -139,8 +151,11 @@ def test_memory_is_what_real_runs_allocate(world_size: int):
     configs = RUNS[world_size]
     ranks = run_ranks(measure_all, world_size, list(configs.values()), VOCAB)
     for i, (name, config) in enumerate(configs.items()):
-        estimate = fullest(rank_memories(config, world_size, VOCAB))
-        measured = [of_rank[i] for of_rank in ranks]
-        _assert_states(estimate, measured, name)
-        _assert_activations(estimate, measured[0], name)
-        _assert_total(estimate, measured[0], name)
+        estimates = rank_memories(config, world_size, VOCAB)
+        share = world_size // len(estimates)
+        for estimate in estimates:
+            first = estimate.rank * share
+            measured = [of_rank[i] for of_rank in ranks[first : first + share]]
+            _assert_states(estimate, measured, f"{name}, pipeline rank {estimate.rank}")
+            _assert_activations(estimate, measured[0], f"{name}, pipeline rank {estimate.rank}")
+            _assert_total(estimate, measured[0], f"{name}, pipeline rank {estimate.rank}")

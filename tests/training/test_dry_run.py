@@ -86,6 +86,27 @@ def test_columns_over_data_parallel_neighbours(
     assert "gradients (fp32) 1.00 GiB, main weights (fp32) 512.00 MiB" in values
 
 
+def test_layers_and_tables_on_pipeline_ranks(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Interleaved stages of two layers bring layers eight apart to one rank, and their table."""
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    pipeline = ["--pipeline-model-parallel-size", "4", "--tensor-model-parallel-size", "2"]
+    pipeline += ["--num-layers-per-virtual-pipeline-stage", "2"]
+    lines = _lines([*PAPER, "--memory-layers", "4,12,20", *pipeline], capsys)
+    assert "Placement: 16 ranks = 2 tensor-parallel x 2 data-parallel x 4 pipeline" in lines
+    assert (
+        "  pipeline rank 2 (ranks 8 to 11): layers 4 to 5 | 12 to 13 | 20 to 21; memory layers "
+        "4, 12, 20, table shared" in lines
+    )
+    assert (
+        "  pipeline rank 0 (ranks 0 to 3): layers embedding + 0 to 1 | 8 to 9 | 16 to 17" in lines
+    )
+    assert "  ranks 9, 11: columns 1024 to 2047 of each table" in lines
+    assert any("of pipeline rank 2, the fullest" in line for line in lines)
+    assert any(line.startswith("  between stages (pipeline, 4 ranks): send") for line in lines)
+
+
 def test_values_in_fp8_are_counted(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     def total(lines: list[str]) -> float:
         line = next(line for line in lines if line.startswith("Memory on each rank"))
