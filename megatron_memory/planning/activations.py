@@ -85,7 +85,9 @@ def layer_activations(sizes: Sizes, layer: int) -> Kept:
     }
     kept["stream"] += _dropout(sizes)
     if layer in memory_layers(sizes.config):
-        kept["memory"] = 0 if sizes.recomputes("mlp") else _memory_layer(sizes)
+        # With both modules the memory layers keep to their own.
+        as_mlp = sizes.recomputes("mlp") and not sizes.recomputes("memory")
+        kept["memory"] = 0 if as_mlp else _memory_layer(sizes)
     else:
         kept["mlp"] = 0 if sizes.recomputes("mlp") else _mlp(sizes, layer)
     return kept

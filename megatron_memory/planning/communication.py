@@ -135,7 +135,8 @@ def _repetitions(config: Config, stage: Stage, layer: int) -> _Repetitions:
         return _Repetitions(attention=1 + is_again, mlp=1 + is_again)
     selected = recompute.recompute_granularity == "selective"
     modules = recompute.recompute_modules or ("core_attn",)
-    return _Repetitions(attention=1, mlp=1 + (selected and "mlp" in modules))
+    is_left_out = "memory" in modules and layer in memory_layers(config)
+    return _Repetitions(attention=1, mlp=1 + (selected and "mlp" in modules and not is_left_out))
 
 
 def _block(

@@ -16,6 +16,7 @@ from tests.planning.counted import Counts, count_all
 from tests.planning.test_memory import (
     DISTOPT,
     FULL,
+    MLPS_AND_SUMS,
     MODERN,
     OPTIONS,
     PP2,
@@ -53,6 +54,7 @@ RUNS: dict[int, dict[str, Config]] = {
             recompute=FULL | dict(recompute_method="block"),
         ),
         "SP, recompute of sums": _config(parallel=TP2_SP, recompute=SUMS),
+        "SP, recompute of MLPs and sums": _config(parallel=TP2_SP, recompute=MLPS_AND_SUMS),
         "M, recompute of sums": _config(memory={"parallel_size": 2}, recompute=SUMS),
         "PP": _config(parallel=PP2, layers=4, bf16=True),
         "PP, own output layer": _config(parallel=PP2, layers=4, model=MODERN | UNTIED),

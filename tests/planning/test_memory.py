@@ -46,6 +46,7 @@ VPP2 = PP2 | dict(num_layers_per_virtual_pipeline_stage=1)
 REPLICAS = dict(layers="0,3", replicate_pool=True)
 UNTIED = dict(untie_embeddings_and_output_weights=True)
 SUMS = dict(recompute_granularity="selective", recompute_modules=("memory",))
+MLPS_AND_SUMS = SUMS | dict(recompute_modules=("mlp", "memory"))
 TP2 = dict(tensor_model_parallel_size=2)
 TP2_SP = TP2 | dict(sequence_parallel=True)
 DISTOPT = dict(use_distributed_optimizer=True)
@@ -89,6 +90,7 @@ RUNS: dict[int, dict[str, Config]] = {
         "of some layers": _config(layers=4, recompute=FULL | dict(recompute_method="block")),
         "selective recompute": _config(recompute=SELECTIVE),
         "recompute of sums": _config(recompute=SUMS),
+        "recompute of MLPs and sums": _config(recompute=MLPS_AND_SUMS),
     },
     2: {
         "TP 2": _config(parallel=TP2),
