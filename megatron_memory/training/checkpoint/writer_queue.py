@@ -3,17 +3,40 @@
 megatron-core starts it on the first save. Here it is started before the training, so that it does
 not inherit what the training process does with signals, and with two manners of its own: it ignores
 the signals that stop a training (Slurm sends them to every process of a job, and without it the
-last save would fail), and it ends when the training process dies.
+last save would fail), and it ends when the training process dies. What passes through it stays
+pickled: to open it the process would import torch, two seconds of each rank's first save.
 
 This module is imported by that process: it must stay light.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
+from queue import Queue
+from typing import Any
+
+
+class SealedQueue:
+    """A manager's queue whose items the manager does not open; what megatron-core uses of one."""
+
+    def __init__(self, queue: "Queue[bytes]"):
+        self._queue = queue
+
+    def put(self, item: Any) -> None:
+        """Add an item; it must be picklable."""
+        self._queue.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        """The oldest item.
+
+        Raises:
+            queue.Empty: there is none.
+        """
+        return pickle.loads(self._queue.get_nowait())
 
 
 def start_writer_queue() -> None:
@@ -24,7 +47,7 @@ def start_writer_queue() -> None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(initializer=_become_server)
-    filesystem_async._results_queue = manager.Queue()
+    filesystem_async._results_queue = SealedQueue(manager.Queue())
 
 
 def _become_server() -> None:
