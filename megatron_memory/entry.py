@@ -1,6 +1,7 @@
 """What the programs that torchrun starts share: how an error that the user can mend ends them."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,15 +15,28 @@ _SECONDS_FOR_FIRST_RANK = 3
 def run_entry(run: Callable[[], int]) -> int:
     """The exit code of `run`, or EXIT_ERROR with the error's message and no traceback.
 
-    The ranks meet the same error, and torchrun ends all after the first: the first rank's message
-    comes first, and is usually the only one.
+    The ranks meet the same error, and torchrun ends all after the first: the message of a node's
+    first rank comes first there, and is usually the only one.
     """
     try:
         return run()
     except MEND_BY_USER as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:
+        # Nodes have logs of their own, and torchrun of one node ends soon after another's.
+        if int(os.environ.get("LOCAL_RANK", rank)) > 0:
             time.sleep(_SECONDS_FOR_FIRST_RANK)
         prefix = "" if rank == 0 else f"rank {rank}: "
         print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return EXIT_ERROR
+
+
+def exit_code_for_torchrun(exit_code: int) -> int:
+    """The code to exit with, so that torchrun does not start again what shall stop.
+
+    With --max-restarts torchrun restarts after every other code than 0. SIGUSR1 and SIGUSR2 come
+    from a user or a scheduler who wants the run to end; SIGTERM may be torchrun's own, before it
+    restarts.
+    """
+    asked_to_stop = exit_code - 128 in (signal.SIGUSR1, signal.SIGUSR2)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return 0 if asked_to_stop and restarts else exit_code

@@ -11,7 +11,8 @@ others start it with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2`.
 Exit codes:
     0        the training is complete, or --exit-interval or --exit-duration-in-mins is reached
     2        an error in flags, data or checkpoint, or a loss that is not a number: the message says
-    128 + n  stopped and saved after signal n: 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2
+    128 + n  stopped and saved after signal n: 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; but 0 for the
+             latter two under torchrun --max-restarts, which would start the training again
     1        anything else; and torchrun's own where its processes exit with another code than 0
 
 Keep this module light: the processes that write checkpoints import it, too.
@@ -21,7 +22,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_memory.entry import run_entry
+from megatron_memory.entry import exit_code_for_torchrun, run_entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     from megatron_memory.config import check_config, check_layers_available, parse_arguments
+    from megatron_memory.start import settings_of, start_alike
 
-    config = parse_arguments(argv)
+    config = start_alike(lambda: parse_arguments(argv), settings_of)
     if config.training.dry_run:
         from megatron_memory.training.dry_run import dry_run
 
@@ -51,7 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
     exit_code = run_training(config, backend)
     shutdown_distributed()
-    return exit_code
+    return exit_code_for_torchrun(exit_code)
 
 
 if __name__ == "__main__":

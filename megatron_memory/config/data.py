@@ -21,7 +21,7 @@ class DataConfig:
     """Datasets for the final test only, with --train-data-path."""
     split: str | None = derived(f'"{DEFAULT_SPLIT}" with --data-path')
     """Parts of --data-path for training, validation and test, in proportion to these numbers."""
-    data_cache_path: str | None = None
+    data_cache_path: str | None = option(None, may_differ=True)
     """Directory for the index of shuffled samples. None: beside the data."""
     tokenizer_type: str | None = None
     """HuggingFaceTokenizer, or another of the types that tools/preprocess_data.py knows."""
@@ -31,7 +31,7 @@ class DataConfig:
     """Number of tokens before padding. Without it: the tokenizer's."""
     make_vocab_size_divisible_by: int = option(128, at_least=1)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    num_workers: int = option(2, at_least=0)
+    num_workers: int = option(2, at_least=0, may_differ=True)
     """Processes that read data for each rank; 0: the training process reads."""
     reset_position_ids: bool = False
     """Count positions from 0 again after each end of document."""

@@ -11,5 +11,5 @@ class LoggingConfig:
 
     log_interval: int = option(100, at_least=1)
     """Iterations between two reports on the console and in TensorBoard."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: str | None = option(None, may_differ=True)
     """Directory for TensorBoard's event files. None: no curves are written."""

@@ -31,6 +31,8 @@ class Option:
     """Flags without a value that set this field, as Megatron-LM has them: name to value."""
     synonyms: tuple[str, ...] = ()
     """Other names of the flag."""
+    may_differ: bool = False
+    """Whether ranks of a run may have different values."""
 
 
 _PLAIN = Option()
