@@ -1,5 +1,7 @@
 """One run of the training program on one rank, from a checked configuration to the exit code."""
 
+from pathlib import Path
+
 import torch
 
 from megatron_memory.config import Config
@@ -10,6 +12,7 @@ from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.runtime.kernels import choose_kernels
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
+from megatron_memory.training.checkpoint.shared import check_save_is_shared
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.progress import Console
 from megatron_memory.training.setup import build_training_setup
@@ -44,6 +47,8 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         config.data.make_vocab_size_divisible_by,
         config.parallel.tensor_model_parallel_size,
     )
+    if config.checkpoint.save is not None:
+        check_save_is_shared(Path(config.checkpoint.save))
     found = find_start(config, vocab_size, console.say)
     position = start_position(found, config)
     datasets = _datasets(config, tokenizer, padded, position)

@@ -21,6 +21,7 @@ from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_
 from megatron_memory.training.checkpoint.architecture import check_same_architecture, saved_config
 from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
 from megatron_memory.training.checkpoint.schedule import load_optimizer, load_schedule
+from megatron_memory.training.checkpoint.shared import check_load_is_alike
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.setup import TrainingSetup
 from megatron_memory.training.wrapping import unwrap
@@ -118,7 +119,7 @@ def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
         None where the training starts from random weights.
 
     Raises:
-        CheckpointError: on every rank; see `find_checkpoint`.
+        CheckpointError: on every rank; see `find_checkpoint` and `check_load_is_alike`.
     """
     checkpoint = config.checkpoint
     if checkpoint.load is None:
@@ -130,6 +131,7 @@ def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
             raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
         notify(f"no checkpoint in {load}: starting from random weights")
         return None
+    check_load_is_alike(found.folder)
     if not checkpoint.finetune:
         _require_ours(found, with_optimizer=not checkpoint.no_load_optim)
     for note in found.notes:
