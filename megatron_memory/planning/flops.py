@@ -1,39 +1,53 @@
-"""FLOPs of a training token, by what computes them."""
+"""FLOPs of a training token, by what computes them.
+
+A multiply-add is two; the backward pass is twice the forward one. Attention is causal: a token sees
+half of the sequence on average. Values are not FLOPs: only the rows that a token reads are, under
+`weighted sum of values`. Norms, softmax and selection are left out, as usual.
+"""
+
+import collections
+from collections.abc import Iterable
 
 from megatron_memory.config import Config
 from megatron_memory.config.pools import memory_layers
 from megatron_memory.planning.parameters import expert_layers, projects_output
 
+ROUTING = ("memory query projection", "memory key scores")
+"""What every tensor-parallel rank computes for all tokens without sequence parallelism."""
+
 
 def flops_per_token(config: Config, padded_vocab_size: int) -> dict[str, int]:
-    """FLOPs of one training token, forward and backward, by what computes them.
+    """Of one training token in the whole model, forward and backward; what recompute repeats is not
+    counted."""
+    products = forward_products(config, range(config.model.num_layers))
+    products["output layer"] = output_products(config, padded_vocab_size)
+    return {name: 3 * 2 * number for name, number in products.items() if number}
 
-    A multiply-add is two; the backward pass is twice the forward one; what recompute repeats is not
-    counted. Attention is causal: a token sees half of the sequence on average. Values are
-    not FLOPs: only the rows that a token reads are, under `weighted sum of values`. Norms, softmax
-    and selection are left out, as usual.
-    """
-    model, num_memory, num_expert = (
-        config.model,
-        len(memory_layers(config)),
-        len(expert_layers(config)),
-    )
+
+def output_products(config: Config, padded_vocab_size: int) -> int:
+    """Multiply-adds of the output layer for one token, forward."""
+    return config.model.hidden_size * padded_vocab_size
+
+
+def forward_products(config: Config, layers: Iterable[int]) -> dict[str, int]:
+    """Multiply-adds of some layers, counted from 0, for one token, forward."""
+    model, with_memory, with_experts = config.model, memory_layers(config), expert_layers(config)
     width = model.num_attention_heads * model.kv_channels
     qkv = width + 2 * model.num_query_groups * model.kv_channels
     matrices = 3 if model.swiglu else 2
-    num_mlps = model.num_layers - num_memory - num_expert
-    products = {
-        "attention projections": model.num_layers * model.hidden_size * (qkv + width),
-        "attention scores and sums": model.num_layers * width * model.seq_length,
-        "MLP": num_mlps * matrices * model.hidden_size * model.ffn_hidden_size,
-        "output layer": model.hidden_size * padded_vocab_size,
-    }
-    if num_expert:
-        expert = matrices * model.hidden_size * model.moe_ffn_hidden_size
-        router = model.hidden_size * (model.num_experts or 0)
-        products["experts"] = num_expert * (router + model.moe_router_topk * expert)
-    products |= {name: num_memory * n for name, n in _memory_products(config).items() if num_memory}
-    return {name: 3 * 2 * number for name, number in products.items() if number}
+    products: collections.Counter[str] = collections.Counter()
+    for layer in layers:
+        products["attention projections"] += model.hidden_size * (qkv + width)
+        products["attention scores and sums"] += width * model.seq_length
+        if layer in with_memory:
+            products.update(_memory_products(config))
+        elif layer in with_experts:
+            expert = matrices * model.hidden_size * model.moe_ffn_hidden_size
+            router = model.hidden_size * (model.num_experts or 0)
+            products["experts"] += router + model.moe_router_topk * expert
+        else:
+            products["MLP"] += matrices * model.hidden_size * model.ffn_hidden_size
+    return dict(products)
 
 
 def _memory_products(config: Config) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Bytes on every pipeline rank, while it trains."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from megatron_memory.config import Config
 from megatron_memory.config.pipeline import Stage
@@ -72,7 +73,7 @@ def fullest(memories: list[RankMemory]) -> RankMemory:
 
 
 def _rank_memory(
-    config: Config, stages: list[Stage], world_size: int, padded_vocab_size: int
+    config: Config, stages: Sequence[Stage], world_size: int, padded_vocab_size: int
 ) -> RankMemory:
     sizes, parallel = Sizes(config=config, layers=layers_of(config)), config.parallel
     values = rest = StateBytes(weights=0, gradients=0, main_weights=0, optimizer_states=0)

@@ -1,4 +1,7 @@
-"""The parameters of the model's chunks on pipeline ranks."""
+"""The parameters of the model's chunks on pipeline ranks; what is asked for often is remembered."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from megatron_memory.config import Config
 from megatron_memory.config.pipeline import Stage
@@ -12,7 +15,8 @@ from megatron_memory.planning.parameters import (
 )
 
 
-def by_rank(config: Config) -> dict[int, list[Stage]]:
+@lru_cache(maxsize=64)
+def by_rank(config: Config) -> Mapping[int, Sequence[Stage]]:
     """The stages of each pipeline rank."""
     ranks: dict[int, list[Stage]] = {}
     for stage in config.stages:
@@ -24,8 +28,8 @@ def pools_of(config: Config, stage: Stage) -> list[Pool]:
     """The pools that a stage holds: the first of its rank's stages that reads one holds it."""
     earlier = {
         layer
-        for other in config.stages
-        if other.rank == stage.rank and other.chunk < stage.chunk
+        for other in by_rank(config)[stage.rank]
+        if other.chunk < stage.chunk
         for layer in other.layers
     }
     return [
@@ -35,12 +39,14 @@ def pools_of(config: Config, stage: Stage) -> list[Pool]:
     ]
 
 
-def rank_pools(config: Config, rank: int) -> list[Pool]:
+@lru_cache(maxsize=64)
+def rank_pools(config: Config, rank: int) -> Sequence[Pool]:
     """The pools of which a pipeline rank has a copy."""
     return [pool for pool in memory_pools(config) if rank in pool_ranks(config, pool)]
 
 
-def stage_weights(config: Config, stage: Stage, padded_vocab_size: int) -> list[Weight]:
+@lru_cache(maxsize=256)
+def stage_weights(config: Config, stage: Stage, padded_vocab_size: int) -> Sequence[Weight]:
     """The parameters of one stage."""
     found = layer_weights(config, stage.layers)
     ends: tuple[int, ...] = ()

@@ -7,7 +7,9 @@ import torch
 from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
+from megatron_memory.planning.fit import check_parameters_fit
 from megatron_memory.runtime import Backend
+from megatron_memory.runtime.available_memory import available_bytes
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.runtime.kernels import choose_kernels
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
@@ -46,6 +48,9 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         vocab_size,
         config.data.make_vocab_size_divisible_by,
         config.parallel.tensor_model_parallel_size,
+    )
+    check_parameters_fit(
+        config, torch.distributed.get_world_size(), padded, available_bytes(backend)
     )
     if config.checkpoint.save is not None:
         check_save_is_shared(Path(config.checkpoint.save))

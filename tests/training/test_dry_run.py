@@ -1,10 +1,13 @@
 """`--dry-run`: its lines, for any number of ranks, without making the model."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.train import main
 
+MODELS = Path(__file__).parents[2] / "examples" / "models"
 PAPER = [
     *("--num-layers", "24", "--hidden-size", "2048", "--num-attention-heads", "16"),
     *("--ffn-hidden-size", "5632", "--swiglu", "--disable-bias-linear"),
@@ -32,6 +35,20 @@ def test_papers_1_3b_model_with_a_million_values(capsys: pytest.CaptureFixture):
         in lines
     )
     assert any(line.startswith("Tokens: 1,048,576 a step (512 sequences of 2048") for line in lines)
+
+
+PAPERS_PARAMETERS = {"134m": 937e6, "1.3b": 3.377e9, "8b": 64e9 + 8e9}
+"""With memory, as far as the paper reports them; 8b: memory and base."""
+
+
+@pytest.mark.parametrize("file", sorted(MODELS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_example_models(file: Path, capsys: pytest.CaptureFixture):
+    lines = _lines(["--config", str(file), "--dry-run"], capsys)
+    whole = next(line for line in lines if line.startswith("Parameters"))
+    number = int(whole.split()[1].rstrip(";").replace(",", ""))
+    if file.stem in PAPERS_PARAMETERS:
+        # The 8b base's memory is 4096 x 4096 values of 4096, which the paper rounds to 64b.
+        assert number == pytest.approx(PAPERS_PARAMETERS[file.stem], rel=0.07)
 
 
 def test_values_add_no_flops_but_the_rows_read(capsys: pytest.CaptureFixture):
