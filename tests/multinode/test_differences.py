@@ -10,7 +10,7 @@ from tests.multinode.training import Node, tiny_flags
 
 pytestmark = [pytest.mark.multinode, pytest.mark.distributed]
 
-SECONDS_TO_END = 120
+SECONDS_TO_END = 240
 """For a start of torchrun and torch on busy cores; a hang would last ten minutes."""
 
 

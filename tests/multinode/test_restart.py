@@ -17,7 +17,7 @@ from tests.training.tiny_runs import run
 pytestmark = [pytest.mark.multinode, pytest.mark.distributed, pytest.mark.slow]
 
 ITERATIONS, SAVE_INTERVAL = 24, 4
-SECONDS = 180
+SECONDS = 300
 """For a start with all its imports, on two busy cores."""
 
 
