@@ -18,7 +18,7 @@ from megatron_memory.optimizer import MemoryOptimizer
 from megatron_memory.optimizer.sharded_values import rectangles
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
-from megatron_memory.training import setup as training_setup
+from megatron_memory.training import wrapping
 from megatron_memory.training.checkpoint import state
 from megatron_memory.training.setup import TrainingSetup, build_training_setup
 from tests.distributed import run_ranks
@@ -74,8 +74,8 @@ def _setup(variant: str, elements: int, options: dict[str, Any]) -> TrainingSetu
         initialize_distributed(config, backend)
     table.MAX_CHUNK_ELEMENTS = elements
     if buckets:  # one for each parameter, with a padding of its own
-        training_setup.DistributedDataParallelConfig = functools.partial(
-            training_setup.DistributedDataParallelConfig, bucket_size=1
+        wrapping.DistributedDataParallelConfig = functools.partial(
+            wrapping.DistributedDataParallelConfig, bucket_size=1
         )
     return build_training_setup(config, backend, padded_vocab_size=VOCAB)
 
