@@ -20,6 +20,10 @@ from megatron_memory.training.checkpoint import folders, rng_state, state
 from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_on_all
 from megatron_memory.training.checkpoint.architecture import check_same_architecture, saved_config
 from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
+from megatron_memory.training.checkpoint.optimizer_kinds import (
+    fit_groups,
+    read_saved_main_weights,
+)
 from megatron_memory.training.checkpoint.schedule import load_optimizer, load_schedule
 from megatron_memory.training.checkpoint.shared import check_load_is_alike
 from megatron_memory.training.checkpoint.state import Position
@@ -213,15 +217,19 @@ def _load_parts(
     setup: TrainingSetup, found: Found, *, with_optimizer: bool, with_generators: bool
 ) -> None:
     model = state.sharded_model(setup.model)
-    wanted = dict(model)
+    optimizer: state.StateDict = {}
     if with_optimizer:
-        wanted |= state.sharded_optimizer(setup, model, is_loading=True)
+        optimizer = state.sharded_optimizer(setup, model, is_loading=True)
+        read_saved_main_weights(optimizer, found.shapes)
+    wanted = dict(model)
     if with_generators:
         wanted |= state.sharded_generators(setup)
     loaded = _read_tensors(wanted, found)
     _apply_weights(setup.model, loaded)
     if with_optimizer:
-        load_optimizer(setup, loaded["optimizer"])
+        # By itself, for the main weights may come from tensors that the model reads as well.
+        states = _read_tensors(optimizer, found)["optimizer"]
+        load_optimizer(setup, fit_groups(states, setup.optimizer))
     else:
         setup.optimizer.reload_model_params()
     if with_generators:
