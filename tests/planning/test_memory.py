@@ -76,7 +76,9 @@ RUNS: dict[int, dict[str, Config]] = {
     1: {
         "fp32": _config(),
         "bf16": _config(bf16=True),
-        "bf16 gradients": _config(bf16=True, accumulate_allreduce_grads_in_fp32=False),
+        "bf16 gradients, which the update copies": _config(
+            bf16=True, accumulate_allreduce_grads_in_fp32=False, memory={"num_half_keys": 128}
+        ),
         "biases, layer norm and dropout": _config(model=OLD),
         "the same in bf16": _config(model=OLD, bf16=True),
         "query and key norms": _config(model=MODERN | dict(qk_layernorm=True)),
