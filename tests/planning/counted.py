@@ -41,13 +41,17 @@ METHODS = {
 
 
 def count(config: Config, padded_vocab_size: int) -> Counts:
-    """Two steps on this rank; what the second one's collectives carry."""
+    """What the collectives of a step on this rank carry.
+
+    Of the second one where weights are gathered in the next step's forward pass.
+    """
     backend = select_backend("cpu")
     initialize_distributed(config, backend)
     setup = build_training_setup(config, backend, padded_vocab_size)
     data = batches(config, padded_vocab_size)
     number = config.num_microbatches(torch.distributed.get_world_size())
-    step_module.train_step(setup, data, number)
+    if config.parallel.overlap_param_gather:
+        step_module.train_step(setup, data, number)
     counter = _Counter()
     with counter:
         step_module.train_step(setup, data, number)
