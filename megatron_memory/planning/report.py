@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_memory.config import Config
+from megatron_memory.planning.activations import layers_of
 from megatron_memory.planning.communication import rank_exchanges
 from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.planning.groups import network_share
@@ -18,6 +19,22 @@ from megatron_memory.planning.search import flags_text
 def bytes_text(size: float) -> str:
     """In the unit that suits."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def unchecked(config: Config) -> Iterator[str]:
+    """What of this configuration no real step has confirmed, or what is not counted at all."""
+    parallel, model = config.parallel, config.model
+    if layers_of(config) != "local on CPU":
+        yield "activations of GPUs' layers are from reading the code, not measured"
+    if parallel.context_parallel_size > 1:
+        yield "context-parallel exchanges are Transformer Engine's, from reading"
+    if model.num_experts is not None:
+        yield "activations of experts are rough, and what dispatches tokens to them is not counted"
+    if model.num_query_groups < parallel.tensor_model_parallel_size:
+        yield (
+            f"the gathering of --num-query-groups {model.num_query_groups} over "
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} is not counted"
+        )
 
 
 def figures(plan: Plan, cluster: Cluster, padded_vocab_size: int) -> dict[str, Any]:
@@ -34,6 +51,7 @@ def figures(plan: Plan, cluster: Cluster, padded_vocab_size: int) -> dict[str, A
             for rank in rank_memories(config, world, padded_vocab_size)
         ],
         "fits": plan.fits(cluster),
+        "unchecked": list(unchecked(config)),
         "exchanges": {
             str(rank): [
                 {
@@ -69,6 +87,8 @@ def describe_plan(plan: Plan, cluster: Cluster, padded_vocab_size: int) -> Itera
         f"{gpu.network / 1e9:.0f} GB/s to others ({gpu.source})"
     )
     yield "All of this is an estimate; nothing was measured on GPUs."
+    for note in unchecked(plan.config):
+        yield f"  {note}"
     parts = count(plan.config, weights(plan.config, padded_vocab_size), on_one_rank=False)
     shown = ", ".join(f"{name} {number:,}" for name, number in parts.items() if number)
     yield f"Parameters: {sum(parts.values()):,} ({shown})"

@@ -10,7 +10,7 @@ from megatron_memory.planning.communication import rank_exchanges
 from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.planning.memory import fullest, rank_memories
 from megatron_memory.planning.parameters import Part, count, weights
-from megatron_memory.planning.report import bytes_text
+from megatron_memory.planning.report import bytes_text, unchecked
 from megatron_memory.planning.stages import by_rank, rank_pools, stage_weights
 from megatron_memory.planning.states import StateBytes, gradient_element
 
@@ -61,6 +61,8 @@ def describe(config: Config, world_size: int, vocab_size: int, padded: int) -> I
     yield from _placement(config, world_size)
     yield from _memory(config, world_size, padded)
     yield from _communication(config, world_size, padded)
+    for note in unchecked(config):
+        yield f"Not checked: {note}"
     yield from _flops(config, padded)
     yield from _batch(config, world_size)
 

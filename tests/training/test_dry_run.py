@@ -141,6 +141,17 @@ def test_values_in_fp8_are_counted(capsys: pytest.CaptureFixture, monkeypatch: p
     assert auto in plain
 
 
+def test_what_was_not_checked_is_said(capsys: pytest.CaptureFixture):
+    on_cpu = [flag if flag != "cuda" else "cpu" for flag in PAPER]
+    assert not any(line.startswith("Not checked") for line in _lines(on_cpu, capsys))
+    grouped = [*PAPER, "--num-query-groups", "2", "--tensor-model-parallel-size", "4"]
+    assert [line for line in _lines(grouped, capsys) if line.startswith("Not checked")] == [
+        "Not checked: activations of GPUs' layers are from reading the code, not measured",
+        "Not checked: the gathering of --num-query-groups 2 over --tensor-model-parallel-size 4 is "
+        "not counted",
+    ]
+
+
 def test_model_without_memory(capsys: pytest.CaptureFixture):
     lines = _lines(PAPER, capsys)
     assert not any("values:" in line or "memory layers" in line for line in lines)
