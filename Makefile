@@ -24,6 +24,8 @@ PYTHON_AT_HAND := $(if $(READY),$(if $(wildcard $(PYTHON)),$(PYTHON),python3),$(
 SECOND_TRITON := $(if $(READY),$(VENV)/second-triton/.ready)
 
 TESTS ?= tests
+# Processes that share the test files; WORKERS=0 runs them one by one, in this process.
+WORKERS ?= 2
 
 # Tried in this order; megatron-core has wheels for 3.10 to 3.13.
 BASE_PYTHONS ?= python3 python3.12 python3.11 python3.10 python3.13
@@ -34,10 +36,10 @@ PIP = env -u PYTHONPATH $(PYTHON) -m pip --disable-pip-version-check
 # The checkout comes first, so that an installation elsewhere is never run by mistake.
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup quickstart test lint bench gpu doctor clean
+.PHONY: help setup quickstart test test-parallel lint bench gpu doctor clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make the environment in .venv and install everything into it
 	@echo "Ready: $(PYTHON)"
@@ -46,7 +48,10 @@ quickstart: $(READY) ## train a small memory model on real text, resume it, ask 
 	$(PYTHON) examples/quickstart/run.py $(ARGS)
 
 test: $(READY) $(SECOND_TRITON) ## run the tests; fewer with TESTS=tests/memory, more flags with ARGS="-x -v"
-	$(PYTHON) -m pytest $(TESTS) $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
+
+test-parallel: $(READY) ## every pair of parallel settings against one rank, up to 8 processes; 20 minutes on 2 cores
+	$(PYTHON) -m pytest tests/parallel -m matrix $(ARGS)
 
 lint: $(READY) ## ruff (rules and format), mypy, codespell
 	$(PYTHON) -m ruff check .

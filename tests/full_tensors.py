@@ -1,10 +1,13 @@
 """Whole weights or gradients of a model that is split over ranks, for comparisons."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from torch import Tensor
 
 from megatron_memory.model.full_weights import _flatten, _weight_shards
+from megatron_memory.training.wrapping import unwrap
 
 Pieces = dict[str, list[tuple[tuple, tuple, Tensor]]]
 """Name to (shape of the whole, where this part starts, the part), for each part on a rank."""
@@ -21,6 +24,15 @@ def local_weights(model) -> Pieces:
         part = shard.data.detach().clone()[(None,) * shard.prepend_axis_num]
         entry = (tuple(shard.global_shape), tuple(shard.global_offset), part)
         pieces.setdefault(shard.key, []).append(entry)
+    return pieces
+
+
+def of_chunks(chunks, read: Callable[..., Pieces]) -> Pieces:
+    """What `read` finds in all of a rank's chunks, in Megatron's wrappers or not."""
+    pieces: Pieces = {}
+    for chunk in chunks:
+        for name, entries in read(unwrap(chunk)).items():
+            pieces.setdefault(name, []).extend(entries)
     return pieces
 
 

@@ -7,6 +7,7 @@ import torch
 from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
+from megatron_memory.planning.copies import copies_notes
 from megatron_memory.planning.fit import check_parameters_fit
 from megatron_memory.runtime import Backend
 from megatron_memory.runtime.available_memory import available_bytes
@@ -58,6 +59,8 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     position = start_position(found, config)
     datasets = _datasets(config, tokenizer, padded, position)
     for line in datasets.summary:
+        console.say(line)
+    for line in copies_notes(config, torch.distributed.get_world_size()):
         console.say(line)
     setup = build_training_setup(config, backend, padded)
     if found is not None:

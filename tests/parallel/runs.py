@@ -24,7 +24,7 @@ from megatron_memory.training.gradients import finalize_gradients
 from megatron_memory.training.setup import TrainingSetup, build_training_setup
 from megatron_memory.training.step import Batch, evaluate_loss, train_step
 from megatron_memory.training.wrapping import unwrap
-from tests.full_tensors import Pieces, assemble, local_gradients, local_weights
+from tests.full_tensors import assemble, local_gradients, local_weights, of_chunks
 from tests.tiny import SEQUENCE, VOCAB
 
 STEPS = 3
@@ -63,13 +63,18 @@ def train(
     setup = build_training_setup(config, backend, VOCAB)
     if start is not None:
         _load(setup, start)
-    seen = {"start": _local(setup, local_weights), "gradients": [], "losses": [], "norms": []}
+    seen = {
+        "start": of_chunks(setup.model, local_weights),
+        "gradients": [],
+        "losses": [],
+        "norms": [],
+    }
 
     def finalize(*args, **kwargs):
         finalize_gradients(*args, **kwargs)
         for chunk in setup.model:
             _complete_gradients(chunk)
-        seen["gradients"].append(_local(setup, local_gradients))
+        seen["gradients"].append(of_chunks(setup.model, local_gradients))
 
     setup.transformer_config.finalize_model_grads_func = finalize
     size = parallel_state.get_data_parallel_world_size()
@@ -81,7 +86,7 @@ def train(
         seen["norms"].append((result.grad_norm, result.value_grad_norm))
     # The evaluation waits for the gathering of weights that may still be under way.
     seen["losses"].append(evaluate_loss(setup, microbatches, number))
-    seen["end"] = _local(setup, local_weights)
+    seen["end"] = of_chunks(setup.model, local_weights)
     return seen
 
 
@@ -89,15 +94,6 @@ def _load(setup: TrainingSetup, start: dict[str, Tensor]) -> None:
     for chunk in setup.model:
         load_stage_weights(unwrap(chunk), start)
     setup.optimizer.reload_model_params()
-
-
-def _local(setup: TrainingSetup, read) -> Pieces:
-    """What `read` finds in all of this rank's chunks."""
-    pieces: Pieces = {}
-    for chunk in setup.model:
-        for name, entries in read(unwrap(chunk)).items():
-            pieces.setdefault(name, []).extend(entries)
-    return pieces
 
 
 def train_chunked(config: Config) -> dict:

@@ -41,17 +41,13 @@ METHODS = {
 
 
 def count(config: Config, padded_vocab_size: int) -> Counts:
-    """What the collectives of a step on this rank carry.
-
-    Of the second one where weights are gathered in the next step's forward pass.
-    """
+    """Two steps on this rank; what the second one's collectives carry."""
     backend = select_backend("cpu")
     initialize_distributed(config, backend)
     setup = build_training_setup(config, backend, padded_vocab_size)
     data = batches(config, padded_vocab_size)
     number = config.num_microbatches(torch.distributed.get_world_size())
-    if config.parallel.overlap_param_gather:
-        step_module.train_step(setup, data, number)
+    step_module.train_step(setup, data, number)
     counter = _Counter()
     with counter:
         step_module.train_step(setup, data, number)

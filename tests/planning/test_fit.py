@@ -11,9 +11,7 @@ from megatron_memory.planning.fit import check_parameters_fit
 from megatron_memory.planning.memory import fullest, rank_memories
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.available_memory import available_bytes
-from megatron_memory.training import program
 from tests.distributed import run_ranks
-from tests.training.tiny_runs import tiny_config
 from tools.scaling_tables import REPOSITORY
 
 FILE = str(REPOSITORY / "examples" / "models" / "1.3b.yaml")
@@ -88,20 +86,3 @@ def test_a_cpu_is_shared_by_its_ranks():
     assert first == second
     # Other programs come and go between the two.
     assert first == pytest.approx(alone / 2, rel=0.3)
-
-
-def _refused(config: Config) -> str:
-    program.available_bytes = lambda backend: 2**16
-    try:
-        program.run_training(config, select_backend("cpu"))
-    except ConfigurationError as error:
-        return str(error)
-    finally:
-        program.available_bytes = available_bytes
-    return "not refused"
-
-
-def test_the_program_ends_before_the_model_is_made():
-    """On every rank alike, and before it looks for data, of which there is none."""
-    first, second = run_ranks(_refused, 2, tiny_config("nowhere/tokens"))
-    assert first == second and "Weights, gradients and optimizer states need" in first

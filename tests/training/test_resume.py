@@ -33,6 +33,19 @@ LAYOUTS = {
             "model": DROPOUT,
         },
     ),
+    "pp2-interleaved": (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "use_distributed_optimizer": True,
+            },
+            "model": DROPOUT | {"num_layers": 4},
+            "memory": {"layers": "1,3", "num_heads": 2, "top_k": 4, "num_half_keys": 8}
+            | {"num_random_values": 2, "value_dropout": 0.1},
+        },
+    ),
     "dp2-memory-parallel": (
         2,
         {

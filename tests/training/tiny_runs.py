@@ -25,8 +25,7 @@ from megatron_memory.config import (
 from megatron_memory.runtime import select_backend
 from megatron_memory.training import program, trainer
 from megatron_memory.training.step import StepResult
-from megatron_memory.training.wrapping import unwrap
-from tests.full_tensors import Pieces, local_weights
+from tests.full_tensors import Pieces, local_weights, of_chunks
 
 VOCAB, SEQUENCE, BATCH = 64, 16, 8
 
@@ -126,7 +125,7 @@ def run(config: Config, on_step: trainer.OnStep | None = None) -> Run:
     try:
         exit_code = program.run_training(config, select_backend("cpu"), record)
         with trainer.whole_weights(setups[-1]):
-            weights = local_weights(unwrap(setups[-1].model[0]))
+            weights = of_chunks(setups[-1].model, local_weights)
     finally:
         program.build_training_setup = build
         if parallel_state.model_parallel_is_initialized():
