@@ -24,9 +24,9 @@ def copies_notes(config: Config, world_size: int) -> Iterator[str]:
         sent = sent_bytes("all-reduce", gradient, len(ranks))
         yield (
             f"--memory-replicate-pool: the table of layers {_listed(pool.layers)} is on pipeline "
-            f"ranks {_listed(ranks)}; each of their ranks holds {bytes_text(held)} of it, gradients "
-            f"and optimizer states included, and sends {bytes_text(sent)} in every step to sum the "
-            "copies' gradients"
+            f"ranks {_listed(ranks)}; each of their ranks holds {bytes_text(held)} of it, with "
+            f"gradients and optimizer states, and sends {bytes_text(sent)} in every step to sum "
+            "the copies' gradients"
         )
 
 
