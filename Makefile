@@ -36,7 +36,7 @@ PIP = env -u PYTHONPATH $(PYTHON) -m pip --disable-pip-version-check
 # The checkout comes first, so that an installation elsewhere is never run by mistake.
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup quickstart test test-parallel lint bench gpu doctor clean
+.PHONY: help setup quickstart test test-parallel test-large lint bench gpu doctor clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test: $(READY) $(SECOND_TRITON) ## run the tests; fewer with TESTS=tests/memory,
 
 test-parallel: $(READY) ## every pair of parallel settings against one rank, up to 8 processes; 20 minutes on 2 cores
 	$(PYTHON) -m pytest tests/parallel -m matrix $(ARGS)
+
+test-large: $(READY) ## a table of more than 2^31 values, saved and loaded: 2 minutes, 5 GiB of memory and of disk
+	LARGE_TABLES=1 $(PYTHON) -m pytest tests/memory/test_large_table.py $(ARGS)
 
 lint: $(READY) ## ruff (rules and format), mypy, codespell
 	$(PYTHON) -m ruff check .

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,8 +111,8 @@ def test_other_ranks_wait_for_the_first_to_speak(dataset: str, capsys, monkeypat
     assert waited and capsys.readouterr().err.startswith("rank 3: ConfigurationError: ")
 
 
-def _start(flags: list[str], ranks: int | None = None) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def _start(flags: list[str], ranks: int | None = None, **more: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
     program = [sys.executable, "-m"]
     if ranks is not None:
         program += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
@@ -123,6 +124,21 @@ def _start(flags: list[str], ranks: int | None = None) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def test_an_illegal_layout_ends_every_rank(dataset: str):
+    """Four processes without torchrun, which would end the others after the first. It takes
+    seconds; the limit only tells that from a hang."""
+    flags = _flags(dataset, num_layers=4, memory_layers="1,3", pipeline_model_parallel_size=2)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    run = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [_start(flags, RANK=str(rank), LOCAL_RANK=str(rank), **run) for rank in range(4)]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 2
+        assert "read one table" in errors and "--memory-share-scope stage" in errors
 
 
 def _losses(output: str) -> dict[str, str]:
