@@ -27,7 +27,7 @@ class Report:
     mfu: float | None
     """Part of the GPU's peak; None where that is not known."""
     memory_gib: float
-    """Peak on this rank."""
+    """Peak of the fullest rank."""
     seconds_left: float
     """Until the last iteration, at the pace so far, evaluation and checkpoints included."""
     usage: dict[str, UsageFigures]

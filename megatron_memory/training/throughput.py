@@ -61,3 +61,11 @@ def peak_memory_gib(device: torch.device) -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def fullest_rank_gib(device: torch.device) -> float:
+    """The largest `peak_memory_gib` of all ranks, which pipeline stages share unevenly; a
+    collective call."""
+    peak = torch.tensor(peak_memory_gib(device), device=device)
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return peak.item()

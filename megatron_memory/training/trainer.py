@@ -16,7 +16,7 @@ from megatron_memory.training.setup import TrainingSetup, sample_group
 from megatron_memory.training.step import Batch, StepResult, evaluate_loss, train_step
 from megatron_memory.training.stopping import SignalCatcher, Stop, StopChecker
 from megatron_memory.training.tensorboard import Curves
-from megatron_memory.training.throughput import model_flops_utilization, peak_memory_gib
+from megatron_memory.training.throughput import fullest_rank_gib, model_flops_utilization
 from megatron_memory.training.usage import UsageMeter
 
 OnStep = Callable[[int, StepResult], None]
@@ -156,7 +156,7 @@ class Trainer:
             tokens_per_second=per_second,
             tflops_per_device=tflops,
             mfu=model_flops_utilization(tflops, device, dtype),
-            memory_gib=peak_memory_gib(device),
+            memory_gib=fullest_rank_gib(device),
             seconds_left=pace * (self._training.train_iters - self.position.iteration),
             usage=self._usage.take(),
         )

@@ -29,12 +29,13 @@ def one_rank_and_start(config: Config) -> tuple[dict, dict]:
     return reference, assemble([reference["start"]])
 
 
-def test_microbatches_need_not_fit_the_ranks():
-    """Four microbatches over three ranks, whose stages have one, two and one layers."""
+@pytest.mark.parametrize("layout", ["Et|tt|tL", "Ett||ttL"])
+def test_microbatches_need_not_fit_the_ranks(layout: str):
+    """Four microbatches over three ranks, whose stages have one, two and one layers, or none."""
     reference, start = one_rank_and_start(tiny_config("memory+"))
     config = tiny_config(
         "memory+",
-        {"pipeline_model_parallel_size": 3, "pipeline_model_parallel_layout": "Et|tt|tL"},
+        {"pipeline_model_parallel_size": 3, "pipeline_model_parallel_layout": layout},
         memory={"replicate_pool": True},
     )
     assert_equal_runs(run_ranks(train, 3, config, start), reference)
