@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace, flags: list[str]) -> int:
     vocab_size = given.data.vocab_size
     if vocab_size is None:
         raise ConfigurationError(
-            "--vocab-size is missing, and this tool reads no tokenizer: give its entries."
+            "--vocab-size is missing, and this tool reads no tokenizer: give its number of tokens."
         )
     plans = [] if options.no_search else best_plans(given, cluster, vocab_size)
     shown, problem = _plan_to_show(given, cluster, vocab_size, plans)
@@ -65,10 +65,21 @@ def _run(options: argparse.Namespace, flags: list[str]) -> int:
         print(json.dumps(found | {"best": search_figures(given, plans)}, indent=1))
         return 0
     if problem:
-        print(f"As given it cannot run, so that this is about the best layout found. {problem}")
+        print(
+            "As given it cannot run, so that this is about the best layout found, whatever sizes "
+            f"the flags gave: {_sizes(shown.config)}. {problem}"
+        )
     lines = [*describe_plan(shown, cluster, padded), *describe_largest(given, most)]
     print("\n".join([*lines, *([] if options.no_search else describe_search(given, plans))]))
     return 0
+
+
+def _sizes(config: Config) -> str:
+    parallel = config.parallel
+    return (
+        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
+        f"M {config.memory.parallel_size}, --micro-batch-size {config.training.micro_batch_size}"
+    )
 
 
 def _plan_to_show(
@@ -85,6 +96,10 @@ def _plan_to_show(
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
+    for name in ("num_gpus", "gpus_per_node"):
+        if getattr(options, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigurationError(f"{flag} {getattr(options, name)}: give 1 or more.")
     fields = {"tflops": "bf16_flops"}
     changes = {
         fields.get(name, name): getattr(options, f"gpu_{name}") * unit

@@ -22,12 +22,17 @@ set -euo pipefail
 
 num_nodes=${NUM_NODES:-1}
 node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
-if ((num_nodes == 1)); then
+if [[ $num_nodes == 1 ]]; then
     node_rank=0
     MASTER=${MASTER:-localhost}
 fi
 : "${node_rank:?NODE_RANK is not set: give each node its number, 0 on the node called MASTER}"
 : "${MASTER:?MASTER is not set: give the name or address of the node with NODE_RANK 0}"
+
+if [[ ! $num_nodes =~ ^[0-9]+$ || ! $node_rank =~ ^[0-9]+$ ]] || ((node_rank >= num_nodes)); then
+    echo "NODE_RANK $node_rank of NUM_NODES $num_nodes: give numbers, the first below the second" >&2
+    exit 2
+fi
 
 # --- Processes -----------------------------------------------------------------------------------
 # torchrun would set 1 as well where it starts several processes, and say so in a warning. Raise it

@@ -252,7 +252,7 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
         "--no-load-optim": checkpoint.no_load_optim,
         "--no-load-rng": checkpoint.no_load_rng,
     }
-    if checkpoint.save is None:
+    if checkpoint.save is None and not config.training.dry_run:
         yield from _without("--save", "the directory for checkpoints", need_save)
     if checkpoint.load is None:
         yield from _without("--load", "the directory of a checkpoint", need_load)

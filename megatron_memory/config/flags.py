@@ -6,6 +6,7 @@ A flag, a key of the configuration file and a field share one name: `hidden_size
 
 import argparse
 import dataclasses
+import textwrap
 import typing
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -143,12 +144,19 @@ def help_text() -> str:
     return _help_parser().format_help()
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps flags whole, so that they can be searched for and copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def _help_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage=_USAGE,
         description="Train a language model with memory layers.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Configuration file.")
@@ -177,6 +185,8 @@ def _add_to_help(group: argparse._ArgumentGroup, flag: Flag) -> None:
 
 
 def _describe(flag: Flag) -> str:
+    if flag.field.default is None and "Without this flag" in flag.text:
+        return flag.text
     return f"{flag.text} ({_describe_default(flag)})"
 
 

@@ -109,6 +109,8 @@ _REFUSED = {
     "pipelines are laid out by --pipeline-model-parallel-layout and the flags beside it": """
         pipeline_model_parallel_split_rank standalone_embedding_stage
         encoder_pipeline_model_parallel_size encoder_tensor_model_parallel_size""",
+    "interleaving is asked for by --num-virtual-stages-per-pipeline-rank": """
+        virtual_pipeline_model_parallel_size""",
     "stages send to each other in megatron-core's default way": """
         pipeline_model_parallel_comm_backend overlap_p2p_communication_warmup_flush
         use_ring_exchange_p2p no_scatter_gather_tensors_in_pipeline

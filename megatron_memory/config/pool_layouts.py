@@ -33,12 +33,20 @@ def _ways_out(config: Config, pool: Pool) -> Iterator[str]:
     layers = nearest_layers_on_one_rank(config, pool)
     if layers is not None:
         yield (
-            f"--memory-layers {','.join(map(str, layers))}: the nearest layers that are on one "
-            "rank of the present layout"
+            f"--memory-layers {','.join(map(str, layers))}: another model, with the nearest layers "
+            "that are on one rank of the present layout"
         )
     ranks = len(pool_ranks(config, pool))
-    yield f"--memory-share-scope stage: {ranks} tables, one for each of these ranks' layers"
-    yield f"--memory-share-scope layer: {len(pool.layers)} tables, one for each layer"
+    groups = config.memory.share_groups
+    leaving = "" if groups is None else f" and no --memory-share-groups {groups}"
+    yield (
+        f"--memory-share-scope stage{leaving}: another model, with {ranks} tables, one for each of "
+        "these ranks' layers"
+    )
+    yield (
+        f"--memory-share-scope layer{leaving}: another model, with {len(pool.layers)} tables, one "
+        "for each layer"
+    )
     yield (
         f"--memory-replicate-pool: a copy of the table on each of {ranks} ranks, gradients summed "
         "in every step; --dry-run says what that costs"
@@ -48,19 +56,34 @@ def _ways_out(config: Config, pool: Pool) -> Iterator[str]:
 def _layouts(config: Config, pool: Pool) -> Iterator[str]:
     num_layers = config.model.num_layers
     num_ranks = config.parallel.pipeline_model_parallel_size
+    instead = _in_place_of(config)
     for size in equal_stages_for(pool.layers, num_layers, num_ranks):
         rank = pool.layers[0] // size % num_ranks
         yield (
-            f"--num-layers-per-virtual-pipeline-stage {size}: all on rank {rank}, "
+            f"--num-layers-per-virtual-pipeline-stage {size}{instead}: all on rank {rank}, "
             f"{num_layers // size // num_ranks} stages a rank"
         )
         return
     found = uneven_stages_for(pool.layers, num_layers, num_ranks)
     if found is not None:
         yield (
-            f'--pipeline-model-parallel-layout "{layout_text(found)}": all on one rank, '
+            f'--pipeline-model-parallel-layout "{layout_text(found)}"{instead}: all on one rank, '
             f"{len(found) // num_ranks} stages a rank of {min(found)} to {max(found)} layers"
         )
+
+
+def _in_place_of(config: Config) -> str:
+    """The flags that say the stages' layers now, and must go."""
+    parallel = config.parallel
+    present = {
+        "--pipeline-model-parallel-layout": parallel.pipeline_model_parallel_layout,
+        "--num-layers-per-virtual-pipeline-stage": parallel.num_layers_per_virtual_pipeline_stage,
+        "--num-virtual-stages-per-pipeline-rank": parallel.num_virtual_stages_per_pipeline_rank,
+        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
+        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
+    }
+    given = [flag for flag, value in present.items() if value is not None]
+    return f" in place of {' and '.join(given)}" if given else ""
 
 
 def equal_stages_for(layers: tuple[int, ...], num_layers: int, num_ranks: int) -> Iterator[int]:

@@ -104,5 +104,6 @@ def _quieten_megatron() -> None:
         ".*full scope is deprecated.*",
         ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
         ".*torch.distributed.* is deprecated.*",
+        ".*grad attribute of a Tensor that is not a leaf.*",  # it looks at views of main weights
     ):
         warnings.filterwarnings("ignore", message=message)

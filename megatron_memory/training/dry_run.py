@@ -142,6 +142,10 @@ def _stages(config: Config, ranks_per_stage: int) -> Iterator[str]:
         yield f"  pipeline rank {rank} (ranks {span}): layers {' | '.join(parts)}{tables}"
 
 
+_MOST_BLOCKS = 8
+"""Of columns, that are listed one by one."""
+
+
 def _columns(config: Config, world_size: int) -> Iterator[str]:
     """Which ranks have which of a table's columns."""
     neighbours, ranks = config.memory.parallel_size, config.parallel.tensor_model_parallel_size
@@ -154,14 +158,20 @@ def _columns(config: Config, world_size: int) -> Iterator[str]:
     size = world_size // len(stages)
     holding = [rank for rank in stages if rank_pools(config, rank)]
     columns = config.memory.value_dim // (ranks * neighbours)
-    for block in range(ranks * neighbours):
+    blocks = range(ranks * neighbours)
+    shown = [*blocks] if len(blocks) <= _MOST_BLOCKS else [*blocks[: _MOST_BLOCKS - 1], blocks[-1]]
+    for block in shown:
         first = block * columns
         # A rank of the group counts tensor-parallel ranks first, a block neighbours first.
         member = block // neighbours + block % neighbours * ranks
         members = [
             r for h in holding for r in range(h * size + member, (h + 1) * size, ranks * neighbours)
         ]
-        yield f"  {_members(members)}: columns {first} to {first + columns - 1} of each table"
+        dots = "... " if block == blocks[-1] and len(shown) < len(blocks) else ""
+        yield (
+            f"  {dots}{_members(members)}: columns {first} to {first + columns - 1} of the tables "
+            "held there"
+        )
 
 
 def _members(members: list[int]) -> str:

@@ -101,8 +101,8 @@ def test_a_pool_on_several_ranks_lists_layers_ranks_and_ways_out():
     for way in (
         "--num-layers-per-virtual-pipeline-stage 2: all on rank 2, 3 stages a rank",
         "--memory-layers 12,13,17",
-        "--memory-share-scope stage: 3 tables",
-        "--memory-share-scope layer: 3 tables",
+        "--memory-share-scope stage: another model, with 3 tables",
+        "--memory-share-scope layer: another model, with 3 tables",
         "--memory-replicate-pool: a copy of the table on each of 3 ranks",
     ):
         assert way in message
@@ -145,6 +145,18 @@ def test_a_layout_is_proposed_where_equal_stages_do_not_do():
     assert len({rank_of[layer] for layer in (7, 8, 16)}) == 1
     sizes = [len(stage.layers) for stage in stages]
     assert max(sizes) - min(sizes) <= 2
+
+
+def test_proposals_say_what_must_go():
+    layout = "Et*8|t*8L"
+    message = problem(
+        f"--memory-layers 4,12 {PP} 2 --pipeline-model-parallel-layout {layout} "
+        "--memory-share-scope stage --memory-share-groups 4,12",
+        2,
+        16,
+    )
+    assert "in place of --pipeline-model-parallel-layout:" in message
+    assert "--memory-share-scope stage and no --memory-share-groups 4,12: another" in message
 
 
 def test_replicas_are_allowed_when_asked_for():

@@ -72,7 +72,7 @@ def test_any_number_of_ranks(capsys: pytest.CaptureFixture, monkeypatch: pytest.
     parallel = ["--tensor-model-parallel-size", "8", "--use-distributed-optimizer"]
     lines = _lines([*PAPER, "--memory-layers", "4,12,20", *parallel], capsys)
     assert any("32 ranks = 8 tensor-parallel x 4 data-parallel" in line for line in lines)
-    assert "  ranks 7, 15, 23, ...: columns 1792 to 2047 of each table" in lines
+    assert "  ranks 7, 15, 23, ...: columns 1792 to 2047 of the tables held there" in lines
     assert "  memory values: 2,147,483,648; on each rank 268,435,456" in lines
     values = next(line for line in lines if line.startswith("  values:"))
     # 2^28 values: 2 bytes each, 4 of gradient, and 4 + 8 bytes over 4 data-parallel ranks.
@@ -95,8 +95,8 @@ def test_columns_over_data_parallel_neighbours(
         "neighbours"
     ) in lines
     # Rank 2 is the first tensor-parallel rank's second data-parallel neighbour.
-    assert "  ranks 2, 10: columns 256 to 511 of each table" in lines
-    assert "  ranks 1, 9: columns 1024 to 1279 of each table" in lines
+    assert "  ranks 2, 10: columns 256 to 511 of the tables held there" in lines
+    assert "  ranks 1, 9: columns 1024 to 1279 of the tables held there" in lines
     assert "  memory values: 2,147,483,648; on each rank 268,435,456" in lines
     values = next(line for line in lines if line.startswith("  values:"))
     # As at TP 8, but the states have two ranks to share them, and everything else has eight.
@@ -119,7 +119,7 @@ def test_layers_and_tables_on_pipeline_ranks(
     assert (
         "  pipeline rank 0 (ranks 0 to 3): layers embedding + 0 to 1 | 8 to 9 | 16 to 17" in lines
     )
-    assert "  ranks 9, 11: columns 1024 to 2047 of each table" in lines
+    assert "  ranks 9, 11: columns 1024 to 2047 of the tables held there" in lines
     assert any("of pipeline rank 2, the fullest" in line for line in lines)
     assert any(line.startswith("  between stages (pipeline, 4 ranks): send") for line in lines)
 
