@@ -94,6 +94,11 @@ def _sizes_in_layout(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
             f"{flag} has {len(stages)} stages, which is not a multiple of "
             f"--pipeline-model-parallel-size {num_ranks}: each rank has equally many."
         )
+    if num_ranks == 1 and len(stages) > 1:
+        raise ConfigurationError(
+            f"{flag} has {len(stages)} stages, and --pipeline-model-parallel-size is 1: raise it, "
+            "or leave the layout away."
+        )
     if whole.count("t") != model.num_layers:
         raise ConfigurationError(
             f"{flag} has {whole.count('t')} layers, and --num-layers is {model.num_layers}: make "

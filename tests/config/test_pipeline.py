@@ -119,6 +119,7 @@ def test_ranks_of_layers_with_interleaving():
             ["say the same thing"],
         ),
         (f"{VIRTUAL} 2", ["2 or more"]),
+        (f"{LAYOUT} Et*4|t*4L", ["2 stages", "--pipeline-model-parallel-size is 1"]),
         ("--decoder-first-pipeline-num-layers 2", ["2 or more"]),
         (
             "--pipeline-model-parallel-size 3 --decoder-first-pipeline-num-layers 3",
