@@ -12,6 +12,7 @@ from megatron_memory.config.convert import problem_with
 from megatron_memory.config.flags import all_flags
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.config.schema import Config
+from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.optional import OPTIONAL_PACKAGES
 
 
@@ -125,6 +126,8 @@ def _recompute_problems(config: Config) -> Iterator[str]:
                 f"--recompute-num-layers {recompute.recompute_num_layers} exceeds --num-layers "
                 f"{num_layers}: lower it."
             )
+        elif recompute.recompute_method == "uniform":
+            yield from _uneven_recompute_problems(config, recompute.recompute_num_layers)
     elif recompute.recompute_method is not None or recompute.recompute_num_layers is not None:
         yield (
             "--recompute-method and --recompute-num-layers belong to --recompute-granularity full, "
@@ -143,6 +146,21 @@ def _recompute_problems(config: Config) -> Iterator[str]:
             yield f"--recompute-modules {module} needs --num-experts: leave {module} away."
     if "moe_act" in modules and not config.model.moe_grouped_gemm:
         yield "--recompute-modules moe_act needs --moe-grouped-gemm: add it, or use moe instead."
+
+
+def _uneven_recompute_problems(config: Config, group: int) -> Iterator[str]:
+    """megatron-core 0.16 looks for the layers that a stage's last group lacks."""
+    try:
+        stages = config.stages
+    except ConfigurationError:  # checks_parallel says it
+        return
+    sizes = sorted({len(stage.layers) for stage in stages if len(stage.layers) % group})
+    if sizes:
+        where = "the model has" if len(stages) == 1 else "a pipeline stage has"
+        yield (
+            f"--recompute-method uniform --recompute-num-layers {group} makes groups of {group} "
+            f"layers, and {where} {sizes[0]}: choose a divisor, 1 for the least memory."
+        )
 
 
 def _memory_recompute_problems(config: Config) -> Iterator[str]:

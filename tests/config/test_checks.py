@@ -130,6 +130,10 @@ def test_experts(arguments, parts):
             "--recompute-granularity full --recompute-method block --recompute-num-layers 5",
             ("--recompute-num-layers 5", "--num-layers 4", "lower it"),
         ),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3",
+            ("--recompute-num-layers 3", "the model has 4", "choose a divisor"),
+        ),
         ("--recompute-num-layers 1", ("--recompute-num-layers", "not given")),
         (
             "--recompute-method block --recompute-activations",

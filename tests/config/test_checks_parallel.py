@@ -16,6 +16,12 @@ from tests.config.test_checks import assert_one_problem, problem
             ("--num-layers 4", "--pipeline-model-parallel-size 3", "multiple of 3"),
         ),
         (
+            "--pipeline-model-parallel-size 2 --recompute-granularity full "
+            "--recompute-method uniform --recompute-num-layers 4",
+            2,
+            ("--recompute-num-layers 4", "a pipeline stage has 2", "choose a divisor"),
+        ),
+        (
             "--context-parallel-size 2 --transformer-impl local",
             2,
             ("--context-parallel-size 2", "--transformer-impl local", "transformer_engine"),
