@@ -76,12 +76,21 @@ def train_step(
 
 @torch.no_grad()
 def evaluate_loss(
-    setup: TrainingSetup, data_iterator: Iterator[Batch], num_microbatches: int
+    setup: TrainingSetup,
+    data_iterator: Iterator[Batch],
+    num_microbatches: int,
+    num_batches: int = 1,
 ) -> float:
-    """Mean loss in nats a token over so many microbatches a rank, without dropout."""
+    """Mean loss in nats a token over so many batches of so many microbatches a rank, without
+    dropout."""
     for chunk in setup.model:
         chunk.eval()
-    losses = _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
+    # Batch by batch: an interleaved pipeline takes only some numbers of microbatches.
+    losses = [
+        report
+        for _ in range(num_batches)
+        for report in _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
+    ]
     return _mean_loss(losses, setup.backend.device)
 
 

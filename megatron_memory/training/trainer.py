@@ -174,7 +174,8 @@ class Trainer:
             loss = evaluate_loss(
                 self.setup,
                 self._batches(dataset, consumed_samples=0),
-                self._training.eval_iters * self._num_microbatches,
+                self._num_microbatches,
+                num_batches=self._training.eval_iters,
             )
         self._usage.turn(on=True)
         self._curves.add(self.position.iteration, {f"loss/{name}": loss})

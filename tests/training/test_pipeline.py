@@ -134,3 +134,16 @@ def test_usage_is_of_all_stages(parallel: dict, memory: dict, tables: list, data
         share = report.usage[name].share_of_slots_read
         assert share >= max(figures.share_of_slots_read for figures in layers)
     assert report.loss == second[0].loss and report.last == second[0].last
+
+
+def test_evaluation_takes_the_microbatches_of_steps(dataset: str):
+    """Groups of three microbatches: five leave two, which two ranks can do; ten would leave one."""
+    parallel = PP2 | {
+        "device": "cpu",
+        "num_virtual_stages_per_pipeline_rank": 2,
+        "microbatch_group_size_per_virtual_pipeline_stage": 3,
+    }
+    config = program_config(dataset, parallel=parallel)
+    config = change(config, "training", global_batch_size=10, eval_iters=2, exit_interval=1)
+    first, second = run_ranks(run, 2, config)
+    assert first.losses == second.losses and first.iterations == [1]
