@@ -30,27 +30,48 @@ def pool_problems(config: Config) -> Iterator[str]:
 
 def _ways_out(config: Config, pool: Pool) -> Iterator[str]:
     yield from _layouts(config, pool)
+    ranks = len(pool_ranks(config, pool))
+    if config.memory.share_groups is not None:
+        # Other layers, and the scope that they have already, would meet the same groups.
+        yield (
+            f'--memory-share-groups "{_groups_by_rank(config)}": another model, with {ranks} tables '
+            "here, one for each of these ranks' layers"
+        )
+        yield "--memory-replicate-pool" + _copies_cost(ranks)
+        return
     layers = nearest_layers_on_one_rank(config, pool)
     if layers is not None:
         yield (
             f"--memory-layers {','.join(map(str, layers))}: another model, with the nearest layers "
             "that are on one rank of the present layout"
         )
-    ranks = len(pool_ranks(config, pool))
-    groups = config.memory.share_groups
-    leaving = "" if groups is None else f" and no --memory-share-groups {groups}"
     yield (
-        f"--memory-share-scope stage{leaving}: another model, with {ranks} tables, one for each of "
-        "these ranks' layers"
+        f"--memory-share-scope stage: another model, with {ranks} tables, one for each of these "
+        "ranks' layers"
     )
     yield (
-        f"--memory-share-scope layer{leaving}: another model, with {len(pool.layers)} tables, one "
-        "for each layer"
+        f"--memory-share-scope layer: another model, with {len(pool.layers)} tables, one for each "
+        "layer"
     )
-    yield (
-        f"--memory-replicate-pool: a copy of the table on each of {ranks} ranks, gradients summed "
-        "in every step; --dry-run says what that costs"
+    yield "--memory-replicate-pool" + _copies_cost(ranks)
+
+
+def _copies_cost(ranks: int) -> str:
+    return (
+        f": a copy of the table on each of {ranks} ranks, gradients summed in every step; "
+        "--dry-run says what that costs"
     )
+
+
+def _groups_by_rank(config: Config) -> str:
+    """`--memory-share-groups` with each table cut into one for each rank that reads it."""
+    rank_of = rank_of_layers(config.stages)
+    groups = [
+        [layer for layer in pool.layers if rank_of[layer] == rank]
+        for pool in memory_pools(config)
+        for rank in pool_ranks(config, pool)
+    ]
+    return ";".join(",".join(map(str, group)) for group in groups)
 
 
 def _layouts(config: Config, pool: Pool) -> Iterator[str]:

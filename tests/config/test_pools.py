@@ -136,6 +136,19 @@ def test_every_proposal_works(layers: str, num_layers: int, num_ranks: int):
         check_config(config(tried, num_layers), num_ranks)
 
 
+def test_proposals_for_given_groups_work():
+    """As a checkpoint's config.yaml has them: every way out changes what stands in the way."""
+    groups = "--memory-share-groups 4,12;20"
+    arguments = f"--memory-layers 4,12,20 --memory-share-scope stage {PP} 4 --global-batch-size 48"
+    message = problem(f"{arguments} {groups}", 4)
+    ways = [line.strip()[2:] for line in message.splitlines() if line.startswith("  * ")]
+    flags = [way.partition(": ")[0].replace('"', "") for way in ways]
+    assert "--memory-share-groups 4;12;20" in flags and "--memory-replicate-pool" in flags
+    for flag in flags:
+        kept = "" if flag.startswith("--memory-share-groups") else groups
+        check_config(config(f"{arguments} {kept} {flag}"), 4)
+
+
 def test_a_layout_is_proposed_where_equal_stages_do_not_do():
     message = problem(f"--memory-layers 7,8,16 {PP} 2", 2)
     layout = message.split('--pipeline-model-parallel-layout "')[1].split('"')[0]
@@ -156,7 +169,7 @@ def test_proposals_say_what_must_go():
         16,
     )
     assert "in place of --pipeline-model-parallel-layout:" in message
-    assert "--memory-share-scope stage and no --memory-share-groups 4,12: another" in message
+    assert '--memory-share-groups "4;12": another model, with 2 tables' in message
 
 
 def test_replicas_are_allowed_when_asked_for():
