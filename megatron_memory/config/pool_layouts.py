@@ -34,8 +34,8 @@ def _ways_out(config: Config, pool: Pool) -> Iterator[str]:
     if config.memory.share_groups is not None:
         # Other layers, and the scope that they have already, would meet the same groups.
         yield (
-            f'--memory-share-groups "{_groups_by_rank(config)}": another model, with {ranks} tables '
-            "here, one for each of these ranks' layers"
+            f'--memory-share-groups "{_groups_by_rank(config)}": another model, with {ranks} '
+            "tables here, one for each of these ranks' layers"
         )
         yield "--memory-replicate-pool" + _copies_cost(ranks)
         return

@@ -118,9 +118,9 @@ def _give_tables(chunks: list[MemoryGPTModel], config: Config, group: MemoryGrou
 
 def _local_pool(pool: Pool, chunks: list[MemoryGPTModel], config: Config) -> LocalPool:
     here = {layer.layer_number - 1 for chunk in chunks for layer in chunk.memory_layers()}
-    ranks = pool_ranks(config, pool)
+    ranks, minutes = pool_ranks(config, pool), config.parallel.distributed_timeout_minutes
     return LocalPool(
         pool=pool,
         num_readers=len(here & set(pool.layers)),
-        replicas=pipeline_subgroup(ranks) if len(ranks) > 1 else None,
+        replicas=pipeline_subgroup(ranks, minutes) if len(ranks) > 1 else None,
     )

@@ -1,18 +1,18 @@
 """Whether a run's parameters fit, before they are made."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_memory.config import Config, check_config
 from megatron_memory.exceptions import ConfigurationError
-from megatron_memory.planning.memory import RankMemory, rank_memories
+from megatron_memory.planning.memory import rank_memories
 
 _MOST_TENSOR_RANKS = 8
 """That are looked at: more of them leave the node."""
 
 
 def check_parameters_fit(
-    config: Config, world_size: int, padded_vocab_size: int, available: int
+    config: Config, world_size: int, padded_vocab_size: int, available: Sequence[int]
 ) -> None:
     """Raise a `ConfigurationError` where weights, gradients and optimizer states alone need more
     than is there, which names the smallest `--memory-parallel-size` that would do, or what else.
@@ -21,18 +21,21 @@ def check_parameters_fit(
         config: checked for `world_size` ranks.
         world_size: ranks of the run.
         padded_vocab_size: rows of the embedding.
-        available: bytes for one rank.
+        available: bytes for one rank, by pipeline rank.
     """
-    needed = _needed(config, world_size, padded_vocab_size)
-    if needed.bytes <= available:
+    needed = max(
+        _needed(config, world_size, padded_vocab_size),
+        key=lambda stage: stage.bytes - available[stage.rank],
+    )
+    if needed.bytes <= available[needed.rank]:
         return
     where = f" on pipeline rank {needed.rank}" if len(config.stages) > 1 else ""
     ways: dict[str, str] = {}
     for flags, changed in _ways_out(config):
         kind = flags.split()[0]
-        size = None if kind in ways else _size_if_legal(changed, world_size, padded_vocab_size)
-        if size is not None and size <= available:
-            ways[kind] = f"{flags} ({_gib(size)})"
+        stages = [] if kind in ways else _needed_if_legal(changed, world_size, padded_vocab_size)
+        if stages and all(stage.bytes <= available[stage.rank] for stage in stages):
+            ways[kind] = f"{flags} ({_gib(max(stage.bytes for stage in stages))})"
     mend = "take more ranks, or a smaller --memory-num-half-keys or model"
     if ways:
         mend = "give " + ", or ".join(ways.values())
@@ -41,13 +44,15 @@ def check_parameters_fit(
         f"{_gib(needed.values)} of it for the memory's values (--memory-num-half-keys "
         f"{config.memory.num_half_keys}, --tensor-model-parallel-size "
         f"{config.parallel.tensor_model_parallel_size}, --memory-parallel-size "
-        f"{config.memory.parallel_size}), and {_gib(available)} are free, before any activation: "
-        f"{mend}."
+        f"{config.memory.parallel_size}), and {_gib(available[needed.rank])} are free there, before "
+        f"any activation: {mend}."
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Needed:
+    """By each rank of a pipeline rank."""
+
     rank: int
     """Pipeline rank."""
     bytes: int
@@ -55,24 +60,24 @@ class _Needed:
     """Of them, for tables."""
 
 
-def _needed(config: Config, world_size: int, padded_vocab_size: int) -> _Needed:
-    """Of the rank that needs the most."""
-    ranks = rank_memories(config, world_size, padded_vocab_size)
-    fullest = max(ranks, key=_parameter_bytes)
-    values = fullest.values.total + fullest.shadow
-    return _Needed(rank=fullest.rank, bytes=_parameter_bytes(fullest), values=values)
+def _needed(config: Config, world_size: int, padded_vocab_size: int) -> list[_Needed]:
+    """Of every pipeline rank."""
+    return [
+        _Needed(
+            rank=memory.rank,
+            bytes=memory.states.total + memory.shadow,
+            values=memory.values.total + memory.shadow,
+        )
+        for memory in rank_memories(config, world_size, padded_vocab_size)
+    ]
 
 
-def _parameter_bytes(rank: RankMemory) -> int:
-    return rank.states.total + rank.shadow
-
-
-def _size_if_legal(config: Config, world_size: int, padded_vocab_size: int) -> int | None:
+def _needed_if_legal(config: Config, world_size: int, padded_vocab_size: int) -> list[_Needed]:
     try:
         check_config(config, world_size)
     except ConfigurationError:
-        return None
-    return _needed(config, world_size, padded_vocab_size).bytes
+        return []
+    return _needed(config, world_size, padded_vocab_size)
 
 
 def _ways_out(config: Config) -> Iterator[tuple[str, Config]]:

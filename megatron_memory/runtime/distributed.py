@@ -66,7 +66,9 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def pipeline_subgroup(ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup | None:
+def pipeline_subgroup(
+    ranks: tuple[int, ...], timeout_minutes: int
+) -> torch.distributed.ProcessGroup | None:
     """The group of these pipeline ranks of this rank's pipeline; None where it is not among them.
 
     A collective call of the whole world: every pipeline makes its own.
@@ -79,7 +81,10 @@ def pipeline_subgroup(ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup 
     torch.distributed.all_gather_object(pipelines, tuple(mine))
     found = None
     for members in sorted(set(pipelines)):
-        group = torch.distributed.new_group([members[rank] for rank in ranks])
+        group = torch.distributed.new_group(
+            [members[rank] for rank in ranks],
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
         if members == tuple(mine) and pipeline.rank() in ranks:
             found = group
     return found

@@ -13,7 +13,7 @@ def finalize_gradients(model: list[DistributedDataParallel], *args, **kwargs) ->
     finalize_model_grads(model, *args, **kwargs)
     for chunk in model:
         for table in tables_of(chunk):
-            if table.replicas is not None:
+            if table.replicas is not None and table.learns:
                 _sum_over_replicas(table, chunk)
 
 

@@ -4,6 +4,7 @@ A checkpoint saved to folders that nodes do not share is in pieces on several ma
 complete to each of them; so this is asked before the training.
 """
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -65,6 +66,10 @@ def _appears(path: Path) -> bool:
     while not path.exists():
         if time.monotonic() > deadline:
             return False
+        # NFS remembers for a minute that a folder was not there, unless one asks for the list.
+        for folder in (path.parent.parent, path.parent):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
         time.sleep(0.1)
     return True
 
