@@ -44,8 +44,8 @@ def check_parameters_fit(
         f"{_gib(needed.values)} of it for the memory's values (--memory-num-half-keys "
         f"{config.memory.num_half_keys}, --tensor-model-parallel-size "
         f"{config.parallel.tensor_model_parallel_size}, --memory-parallel-size "
-        f"{config.memory.parallel_size}), and {_gib(available[needed.rank])} are free there, before "
-        f"any activation: {mend}."
+        f"{config.memory.parallel_size}), and {_gib(available[needed.rank])} are free, "
+        f"before any activation: {mend}."
     )
 
 

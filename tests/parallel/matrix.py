@@ -178,10 +178,16 @@ def pairwise_cases() -> tuple[Case, ...]:
 
 @cache
 def covering_cases() -> tuple[Case, ...]:
-    """The first eight that such a choice makes of two to four ranks, which have most of the
-    pairs."""
+    """The first that such a choice makes of two to four ranks, until every setting is there."""
     several = tuple(case for case in legal_cases(max_ranks=4) if case.world_size > 1)
-    return tuple(itertools.islice(_greedy(several), 8))
+    missing = {(axis, value) for axis, values in AXES.items() for value in values}
+    chosen = []
+    for case in _greedy(several):
+        chosen.append(case)
+        missing -= settings_of(case)
+        if not missing:
+            break
+    return tuple(chosen)
 
 
 def _greedy(cases: tuple[Case, ...]) -> Iterator[Case]:

@@ -4,11 +4,12 @@ steps, every gradient and the weights after; every illegal one gets its error.
 `make test` runs a few covering cases, `make test-parallel` a choice with every pair of settings.
 
 fp32: tolerances of tests/parallel/runs.py. bf16 rounds activations where they are cut, to 8 bits.
-With these tiny layers one rank's first gradients in bf16 are off its fp32 ones by up to 20% of a
-tensor's norm; layouts differ from it by up to 13%, and may by 20%. Losses drift apart with the
-weights.
+With these tiny layers one rank's first gradients in bf16 are off its own in fp32 by up to 26% of a
+tensor's norm and by 13% of all tensors' together (peer; memory+ by 20% of a tensor's). Layouts were
+seen off one rank's by 24% and 11%, and may be by 35% and 15%. Losses drift apart with the weights.
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -32,7 +33,7 @@ from tests.parallel.matrix import (
 from tests.parallel.runs import assert_equal_runs, train
 from tests.parallel.uneven import uneven_batches
 
-BF16_LOSS, BF16_GRADIENT = 2e-2, 0.2
+BF16_LOSS, BF16_GRADIENT, BF16_GRADIENTS = 2e-2, 0.35, 0.15
 
 _one_rank_runs: dict[Config, dict] = {}
 
@@ -61,16 +62,24 @@ def assert_equals_one_rank(case: Case) -> None:
 
 
 def assert_follows(ranks: list[dict], reference: dict) -> None:
-    """bf16: losses, and every tensor's first gradient as a whole."""
+    """bf16: losses, and the first gradients, of all tensors together and of each."""
     for seen in ranks:
         assert seen["losses"] == pytest.approx(reference["losses"], abs=BF16_LOSS)
     ours = assemble([seen["gradients"][0] for seen in ranks])
     theirs = assemble([reference["gradients"][0]])
     assert ours.keys() == theirs.keys()
-    scale = max(tensor.norm() for tensor in theirs.values())
-    for name, tensor in theirs.items():
-        error = torch.dist(ours[name], tensor) / tensor.norm().clamp(min=0.01 * scale)
+    norms = {name: tensor.norm() for name, tensor in theirs.items()}
+    distances = {name: torch.dist(ours[name], tensor) for name, tensor in theirs.items()}
+    whole = _length(distances) / _length(norms)
+    assert whole <= BF16_GRADIENTS, f"the gradients are off by {whole:.2%} of their norm"
+    floor = 0.01 * max(norms.values())
+    for name, distance in distances.items():
+        error = distance / norms[name].clamp(min=floor)
         assert error <= BF16_GRADIENT, f"{name} is off by {error:.2%} of its norm"
+
+
+def _length(parts: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(parts.values())).norm()
 
 
 @pytest.mark.distributed
@@ -109,14 +118,21 @@ def _spread_cases() -> list[Case]:
     ]
 
 
+def _wide(config: Config) -> Config:
+    """With enough columns for every rank of a group; `train` does not ask how many there are."""
+    model = dataclasses.replace(config.model, hidden_size=256, ffn_hidden_size=512)
+    memory = dataclasses.replace(config.memory, value_dim=256)
+    return dataclasses.replace(config, model=model, memory=memory)
+
+
 def test_what_is_legal_passes_the_checks_and_nothing_else():
     illegal = 0
     for case in _spread_cases():
         if case.why_illegal is None:
-            check_config(case.config(), case.world_size)
+            check_config(_wide(case.config()), case.world_size)
             continue
         illegal += 1
         with pytest.raises(ConfigurationError) as error:
-            check_config(case.config(), case.world_size)
+            check_config(_wide(case.config()), case.world_size)
         assert case.why_illegal in str(error.value), case
     assert illegal > 100

@@ -84,7 +84,9 @@ def test_requirements_and_pyproject_name_the_same_packages():
     pinned = [doctor.Requirement.parse(line) for line in lines if line and line[0] != "#"]
     by_name = {requirement.name: requirement for requirement in pinned}
     accepted = doctor.accepted_requirements()
-    assert set(by_name) - {r.name for r in accepted} == {"pytest", "ruff", "mypy", "codespell"}
+    assert set(by_name) - {r.name for r in accepted} == {
+        *("pytest", "pytest-xdist", "ruff", "mypy", "codespell")
+    }
     for requirement in accepted:
         exact = doctor.tested_versions().get(requirement.name)
         if exact is None:

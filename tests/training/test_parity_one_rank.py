@@ -108,13 +108,14 @@ def test_recompute_changes_nothing(recompute: str, layout: str):
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "dp2-distopt"])
 def test_bf16_with_fp32_main_weights_follows_one_rank(layout: str):
-    """bf16 keeps 8 bits: activations of one rank and of two round differently, by some 1e-3 of the
-    loss."""
+    """bf16 keeps 8 bits: activations of one rank and of two round differently. The losses drift
+    apart with the weights, by 1e-3 before the first update and 1.1e-2 after the third."""
     world_size, parallel = LAYOUTS[layout]
     precision = PrecisionConfig(bf16=True)
     reference = one_rank("bf16", tiny_config("memory+", precision=precision))
     for seen in run_ranks(train, world_size, tiny_config("memory+", parallel, precision=precision)):
-        assert seen["losses"] == pytest.approx(reference["losses"], abs=1e-2)
+        assert seen["losses"] == pytest.approx(reference["losses"], abs=2e-2)
+        assert seen["losses"][0] == pytest.approx(reference["losses"][0], abs=3e-3)
         assert seen["norms"][0] == pytest.approx(reference["norms"][0], rel=3e-2)
 
 
