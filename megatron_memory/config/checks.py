@@ -40,7 +40,7 @@ def check_config(config: Config, world_size: int) -> None:
 
 
 def check_layers_available(config: Config, *, is_cuda: bool, has_transformer_engine: bool) -> None:
-    """Raise a `ConfigurationError` where `config` names layers that this machine lacks.
+    """Raise a `ConfigurationError` where `config` asks for what this machine lacks.
 
     For after `select_backend`, which checks the device itself.
     """
@@ -370,4 +370,9 @@ def _layer_problems(config: Config, is_cuda: bool, has_transformer_engine: bool)
         yield (
             f"--context-parallel-size {context} computes in fp32, for which Transformer Engine's "
             "attention over several ranks has no kernel: add --bf16, or use 1."
+        )
+    if not config.parallel.overlap_p2p_communication and not is_cuda:
+        yield (
+            "--no-overlap-p2p-communication works on GPUs only, and this run is on the CPU, where "
+            "gloo would mix up the messages of interleaved stages: leave it away."
         )

@@ -16,6 +16,16 @@ _LAYOUT_FORM = (
     'the loss, (...)*n and t*n for repetitions: "Et*3|(t*4|)*2t*3L"'
 )
 
+_STAGE_FIELDS = (
+    "pipeline_model_parallel_layout",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -69,6 +79,19 @@ def rank_of_layers(stages: tuple[Stage, ...]) -> dict[int, int]:
     return {layer: stage.rank for stage in stages for layer in stage.layers}
 
 
+def stage_flags(parallel: ParallelConfig) -> list[str]:
+    """The flags given that say which layers a stage has."""
+    plain = ParallelConfig()
+    given = (name for name in _STAGE_FIELDS if getattr(parallel, name) != getattr(plain, name))
+    return ["--" + name.replace("_", "-") for name in given]
+
+
+def without_stage_flags(parallel: ParallelConfig) -> ParallelConfig:
+    """With equal stages, one for each rank."""
+    plain = ParallelConfig()
+    return dataclasses.replace(parallel, **{name: getattr(plain, name) for name in _STAGE_FIELDS})
+
+
 def layout_text(sizes: list[int]) -> str:
     """`--pipeline-model-parallel-layout` for stages of so many layers each."""
     texts = ["t" * size for size in sizes]
@@ -115,20 +138,10 @@ def _expand(layout: str) -> str:
 
 
 def _refuse_beside_layout(parallel: ParallelConfig, flag: str) -> None:
-    others = {
-        "--num-layers-per-virtual-pipeline-stage": parallel.num_layers_per_virtual_pipeline_stage,
-        "--num-virtual-stages-per-pipeline-rank": parallel.num_virtual_stages_per_pipeline_rank,
-        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
-        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
-        "--account-for-embedding-in-pipeline-split": (
-            parallel.account_for_embedding_in_pipeline_split or None
-        ),
-        "--account-for-loss-in-pipeline-split": parallel.account_for_loss_in_pipeline_split or None,
-    }
-    given = [name for name, value in others.items() if value is not None]
-    if given:
+    others = [other for other in stage_flags(parallel) if other not in flag]
+    if others:
         raise ConfigurationError(
-            f"{flag} says where every layer goes, and so does {given[0]}: leave one of them away."
+            f"{flag} says where every layer goes, and so does {others[0]}: leave one of them away."
         )
 
 
@@ -235,17 +248,3 @@ def _num_virtual_stages(parallel: ParallelConfig, num_layers: int, shown: str) -
             "of them."
         )
     return num_layers // (num_ranks * layers)
-
-
-def with_layout(parallel: ParallelConfig, layout: str) -> ParallelConfig:
-    """`parallel` with this layout in the place of every other flag that says a stage's layers."""
-    return dataclasses.replace(
-        parallel,
-        pipeline_model_parallel_layout=layout,
-        num_layers_per_virtual_pipeline_stage=None,
-        num_virtual_stages_per_pipeline_rank=None,
-        decoder_first_pipeline_num_layers=None,
-        decoder_last_pipeline_num_layers=None,
-        account_for_embedding_in_pipeline_split=False,
-        account_for_loss_in_pipeline_split=False,
-    )

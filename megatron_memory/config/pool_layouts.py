@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cache
 
-from megatron_memory.config.pipeline import layout_text, rank_of_layers
+from megatron_memory.config.pipeline import layout_text, rank_of_layers, stage_flags
 from megatron_memory.config.pools import Pool, memory_layers, memory_pools, pool_ranks
 from megatron_memory.config.schema import Config
 
@@ -95,15 +95,7 @@ def _layouts(config: Config, pool: Pool) -> Iterator[str]:
 
 def _in_place_of(config: Config) -> str:
     """The flags that say the stages' layers now, and must go."""
-    parallel = config.parallel
-    present = {
-        "--pipeline-model-parallel-layout": parallel.pipeline_model_parallel_layout,
-        "--num-layers-per-virtual-pipeline-stage": parallel.num_layers_per_virtual_pipeline_stage,
-        "--num-virtual-stages-per-pipeline-rank": parallel.num_virtual_stages_per_pipeline_rank,
-        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
-        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
-    }
-    given = [flag for flag, value in present.items() if value is not None]
+    given = stage_flags(config.parallel)
     return f" in place of {' and '.join(given)}" if given else ""
 
 

@@ -83,8 +83,7 @@ def _pipeline_options(config: Config, is_cuda: bool) -> dict:
         deallocate_pipeline_outputs=is_cuda,
     )
     if num_chunks(stages) > 1:
-        # On gloo interleaved stages only pair their messages rightly one by one.
-        overlap = parallel.overlap_p2p_communication or not is_cuda
+        overlap = parallel.overlap_p2p_communication
         options |= dict(
             microbatch_group_size_per_vp_stage=(
                 parallel.microbatch_group_size_per_virtual_pipeline_stage

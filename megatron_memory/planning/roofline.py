@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_memory.config import Config
-from megatron_memory.config.pipeline import Stage
+from megatron_memory.config.pipeline import Stage, num_chunks
 from megatron_memory.config.pools import memory_layers
 from megatron_memory.planning.activations import Sizes, chunk_activations, layers_of
 from megatron_memory.planning.communication import Exchange, rank_exchanges
@@ -123,7 +123,7 @@ def _rank_time(
     )
     num_ranks = config.parallel.pipeline_model_parallel_size
     exposed = nvlink + network - hidden
-    idle = bubble(num_ranks, _num_chunks(config), microbatches)
+    idle = bubble(num_ranks, num_chunks(config.stages), microbatches)
     return StepTime(
         matrices=matrices,
         tables=tables,
@@ -149,7 +149,7 @@ def link_times(exchange: Exchange, cluster: Cluster) -> tuple[float, float]:
 def _overlaps(config: Config, exchange: Exchange) -> bool:
     parallel = config.parallel
     if exchange.purpose == "between stages":
-        return _num_chunks(config) > 1 and parallel.overlap_p2p_communication
+        return num_chunks(config.stages) > 1 and parallel.overlap_p2p_communication
     if exchange.purpose.endswith("weights"):
         return parallel.overlap_param_gather
     return parallel.overlap_grad_reduce
@@ -233,7 +233,3 @@ def _optimizer_bytes(
             total += buffer.padded * gradient
             total += kept * (4 * gradient + 2 * (4 + 8) + element(config))
     return total
-
-
-def _num_chunks(config: Config) -> int:
-    return max(len(stages) for stages in by_rank(config).values())

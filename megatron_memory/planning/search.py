@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_memory.config import Config, RecomputeConfig, check_config
 from megatron_memory.config.checks_memory import MIN_COLUMNS
 from megatron_memory.config.flags import all_flags, flag_name
+from megatron_memory.config.pipeline import without_stage_flags
 from megatron_memory.config.pools import memory_pools, pool_ranks
 from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.planning.memory import fullest, rank_memories
@@ -117,15 +118,11 @@ def _with(
     sequences: int,
 ) -> Config:
     parallel = dataclasses.replace(
-        config.parallel,
+        without_stage_flags(config.parallel),
         tensor_model_parallel_size=tensor,
         sequence_parallel=tensor > 1,
         pipeline_model_parallel_size=pipeline,
         num_virtual_stages_per_pipeline_rank=stages,
-        num_layers_per_virtual_pipeline_stage=None,
-        pipeline_model_parallel_layout=None,
-        decoder_first_pipeline_num_layers=None,
-        decoder_last_pipeline_num_layers=None,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,
         overlap_param_gather=True,
@@ -156,9 +153,11 @@ def flags_text(before: Config, after: Config) -> str:
     words = []
     for key, flag in all_flags().items():
         old, new = (getattr(getattr(c, flag.component), flag.field.name) for c in (before, after))
-        if new == old or key == "dry_run" or new is None:
+        if new == old or key == "dry_run":
             continue
-        if isinstance(new, bool):
+        if new is None:
+            words.append(f"{flag_name(key)} none")
+        elif isinstance(new, bool):
             words.append(flag_name(key if new else f"no_{key}"))
         else:
             words.append(f"{flag_name(key)} {new}")

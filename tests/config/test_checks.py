@@ -349,6 +349,12 @@ def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_en
             True,
             ("--context-parallel-size 2", "on the CPU", "use 1"),
         ),
+        (
+            "--no-overlap-p2p-communication",
+            False,
+            False,
+            ("--no-overlap-p2p-communication", "on the CPU", "leave it away"),
+        ),
     ],
 )
 def test_layers_that_the_machine_lacks(arguments, is_cuda, has_transformer_engine, parts):

@@ -1,10 +1,16 @@
 """Which layers share a table, on which pipeline ranks, and what is proposed where they are on
 several."""
 
+import dataclasses
+
 import pytest
 
 from megatron_memory.config import check_config
-from megatron_memory.config.pipeline import pipeline_stages, rank_of_layers, with_layout
+from megatron_memory.config.pipeline import (
+    pipeline_stages,
+    rank_of_layers,
+    without_stage_flags,
+)
 from megatron_memory.config.pools import memory_pools, pool_ranks, with_share_groups
 from megatron_memory.exceptions import ConfigurationError
 from tests.config.helpers import parse
@@ -153,7 +159,9 @@ def test_a_layout_is_proposed_where_equal_stages_do_not_do():
     message = problem(f"--memory-layers 7,8,16 {PP} 2", 2)
     layout = message.split('--pipeline-model-parallel-layout "')[1].split('"')[0]
     planned = config(f"--memory-layers 7,8,16 {PP} 2")
-    stages = pipeline_stages(planned.model, with_layout(planned.parallel, layout))
+    parallel = without_stage_flags(planned.parallel)
+    parallel = dataclasses.replace(parallel, pipeline_model_parallel_layout=layout)
+    stages = pipeline_stages(planned.model, parallel)
     rank_of = rank_of_layers(stages)
     assert len({rank_of[layer] for layer in (7, 8, 16)}) == 1
     sizes = [len(stage.layers) for stage in stages]
