@@ -23,24 +23,25 @@ VOCAB, SEQUENCE = 64, 16
 
 
 def tiny_config(variant: str | None, parallel: dict | None = None, **options) -> Config:
-    """Four layers, two of them memory layers; `memory` and `optimizer` change some settings."""
+    """Four layers, two with memory; `memory`, `model` and `optimizer` change some settings."""
     memory = dict(num_heads=2, top_k=4, num_half_keys=8) | options.pop("memory", {})
     optimizer = dict(lr=1e-2, min_lr=1e-3, adam_eps=1e-4, lr_warmup_iters=1)
     optimizer |= options.pop("optimizer", {})
+    model = dict(
+        num_layers=4,
+        hidden_size=32,
+        num_attention_heads=4,
+        seq_length=SEQUENCE,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        swiglu=True,
+        disable_bias_linear=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+    model |= options.pop("model", {})
     return Config(
-        model=ModelConfig(
-            num_layers=4,
-            hidden_size=32,
-            num_attention_heads=4,
-            seq_length=SEQUENCE,
-            position_embedding_type="rope",
-            normalization="RMSNorm",
-            swiglu=True,
-            disable_bias_linear=True,
-            attention_dropout=0.0,
-            hidden_dropout=0.0,
-            **options.pop("model", {}),
-        ),
+        model=ModelConfig(**model),
         memory=MemoryConfig(layers=variant and "1,3", variant=variant or "memory+", **memory),
         parallel=ParallelConfig(**(parallel or {})),
         optimizer=OptimizerSettings(**optimizer),

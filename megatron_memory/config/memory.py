@@ -16,8 +16,11 @@ class MemoryConfig:
     """
 
     layers: str | None = None
-    """Layers whose MLP is replaced by a memory layer: numbers counted from 0 ("4,12,20"), or
-    "centered:3:8" for three layers around the middle, eight apart. None: no memory."""
+    """Layers with a memory, in place of their MLP without --memory-beside-mlp: numbers counted from
+    0 ("4,12,20"), or "centered:3:8" for three layers around the middle, eight apart. None: no
+    memory."""
+    beside_mlp: bool = False
+    """Memory layers keep their MLP, and the memory's output is added to the MLP's."""
     variant: Literal["pkm", "memory+", "peer"] = "memory+"
     """pkm: the weighted sum itself; memory+: gated by silu of a projection of the input, then
     projected; peer: table rows as single-neuron experts."""

@@ -32,6 +32,16 @@ def memory_layers(config: Config) -> tuple[int, ...]:
     return resolve_memory_layers(config.memory.layers, config.model.num_layers)
 
 
+def mlp_layers(config: Config) -> tuple[int, ...]:
+    """The layers with an MLP, or with experts in its place, counted from 0.
+
+    Raises:
+        ConfigurationError: `--memory-layers` is malformed.
+    """
+    replaced = () if config.memory.beside_mlp else memory_layers(config)
+    return tuple(layer for layer in range(config.model.num_layers) if layer not in replaced)
+
+
 def memory_pools(config: Config) -> tuple[Pool, ...]:
     """The model's tables, by `--memory-share-scope`.
 

@@ -15,7 +15,7 @@ class MemoryTransformerConfig(TransformerConfig):
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     """The memory layers; disabled: a model without memory."""
     memory_layers: tuple[int, ...] = ()
-    """Layers with a memory in place of the MLP, counted from 0 over the whole model."""
+    """Layers with a memory in place of the MLP or beside it, counted from 0 in the whole model."""
     memory_seed: int = 1234
     """Seed of the value tables' initial values."""
     memory_recompute: bool = False

@@ -1,4 +1,4 @@
-"""The memory layer in place of a transformer layer's MLP.
+"""The memory layer, in place of a transformer layer's MLP or beside it.
 
 Axes: T tokens, H heads, K values read per head, S slots, D value dimension, C columns of it on this
 rank.

@@ -1,1 +1,1 @@
-"""The language model: Megatron-Core's GPT with memory layers in place of some FFNs."""
+"""The language model: Megatron-Core's GPT with memories in place of some MLPs or beside them."""

@@ -10,6 +10,7 @@ from megatron_memory.config.pools import Pool, memory_pools, pool_ranks
 from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.layer import MemoryLayer
+from megatron_memory.memory.mlp import memory_of
 from megatron_memory.memory.tables import LocalPool, MemoryTables
 from megatron_memory.model.config import build_transformer_config
 from megatron_memory.model.specs import memory_block_spec
@@ -47,13 +48,13 @@ class MemoryGPTModel(GPTModel):
     def _leave_recompute_to_memory_layers(self) -> None:
         """Megatron's recompute of MLPs is for the other layers then: it would route twice."""
         for layer in self.decoder.layers:
-            if isinstance(layer.mlp, MemoryLayer):
+            if memory_of(layer.mlp) is not None:
                 layer.recompute_mlp = False
 
     def memory_layers(self) -> list[MemoryLayer]:
         """The memory layers of this chunk, in the model's order."""
-        mlps = (layer.mlp for layer in self.decoder.layers)
-        return [mlp for mlp in mlps if isinstance(mlp, MemoryLayer)]
+        found = (memory_of(layer.mlp) for layer in self.decoder.layers)
+        return [memory for memory in found if memory is not None]
 
 
 def build_model(config: Config, backend: Backend, padded_vocab_size: int) -> list[MemoryGPTModel]:

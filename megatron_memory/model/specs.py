@@ -1,5 +1,5 @@
 """The decoder's layers: Megatron-Core's own specs, with a memory layer for the MLP of the chosen
-ones."""
+ones, or beside it."""
 
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.memory.group import MemoryGroup
 from megatron_memory.memory.layer import MemoryLayer, MemoryLayerSubmodules
+from megatron_memory.memory.mlp import MLPWithMemory, MLPWithMemorySubmodules
 from megatron_memory.model.norms import norm_class
 from megatron_memory.optional import require
 
@@ -41,23 +42,25 @@ def memory_block_spec(
 def _with_memory(
     spec: ModuleSpec, config: MemoryTransformerConfig, group: MemoryGroup
 ) -> ModuleSpec:
-    """The layer with a memory for its MLP, and a norm before it that is not fused into fc1."""
+    """The layer with a memory for its MLP, or beside it, and a norm before it that is not fused
+    into fc1."""
     local = config.transformer_impl == "local"
     backend = LocalSpecProvider() if local else _transformer_engine_provider()
-    memory = ModuleSpec(
-        module=MemoryLayer,
-        params={"group": group},
-        submodules=MemoryLayerSubmodules(
-            linear_fc1=backend.column_parallel_linear(),
-            linear_fc2=backend.row_parallel_linear(),
-        ),
+    linear = dict(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
     )
+    memory = MemoryLayerSubmodules(**linear)
+    params = {"group": group}
+    mlp = ModuleSpec(module=MemoryLayer, params=params, submodules=memory)
+    if config.memory.beside_mlp:
+        both = MLPWithMemorySubmodules(**linear, memory=memory)
+        mlp = ModuleSpec(module=MLPWithMemory, params=params, submodules=both)
     return replace(
         spec,
         submodules=replace(
             spec.submodules,
             pre_mlp_layernorm=norm_class(config) if local else backend.layer_norm(),
-            mlp=memory,
+            mlp=mlp,
             # Checkpoint names as Transformer Engine's layers have them: the first norm is fused
             # into its projection there, but the norm before a memory layer stands alone.
             sharded_state_dict_keys_map=(

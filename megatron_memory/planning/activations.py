@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from megatron_memory.config import Config, RecomputeConfig
-from megatron_memory.config.pools import memory_layers
+from megatron_memory.config.pools import memory_layers, mlp_layers
 from megatron_memory.planning.parameters import expert_layers, projects_output
 from megatron_memory.planning.states import element
 
@@ -85,10 +85,10 @@ def layer_activations(sizes: Sizes, layer: int) -> Kept:
     }
     kept["stream"] += _dropout(sizes)
     if layer in memory_layers(sizes.config):
-        # With both modules the memory layers keep to their own.
+        # With both modules the memories keep to their own.
         as_mlp = sizes.recomputes("mlp") and not sizes.recomputes("memory")
         kept["memory"] = 0 if as_mlp else _memory_layer(sizes)
-    else:
+    if layer in mlp_layers(sizes.config):
         kept["mlp"] = 0 if sizes.recomputes("mlp") else _mlp(sizes, layer)
     return kept
 
@@ -132,6 +132,9 @@ def _recomputed_part(sizes: Sizes, layer: int) -> int:
     kept = layer_activations(sizes, layer)
     anew = {part: size - kept[part] for part, size in whole.items()}
     norm = anew.pop("stream") // 2
+    if sizes.recomputes("mlp") and not sizes.recomputes("memory"):
+        # A memory beside an MLP is computed again with it.
+        anew["mlp"] = anew.pop("mlp", 0) + anew.pop("memory", 0)
     # The block's output and its gradient, too.
     return norm + max(anew.values()) + 2 * sizes.stream
 

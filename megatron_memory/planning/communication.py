@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron_memory.config import Config
 from megatron_memory.config.pipeline import Stage
-from megatron_memory.config.pools import memory_layers
+from megatron_memory.config.pools import memory_layers, mlp_layers
 from megatron_memory.planning.activations import Sizes, layers_of
 from megatron_memory.planning.groups import (
     Collective,
@@ -106,8 +106,8 @@ def _per_microbatch(tally: _Tally, config: Config, stage: Stage, number: int) ->
         _block(tally, config, whole, again.attention)
         _attention_over_context(tally, sizes, number, again.attention)
         if layer in memory_layers(config):
-            _memory_layer(tally, sizes, number, again.mlp)
-        else:
+            _memory_layer(tally, sizes, number, again.memory)
+        if layer in mlp_layers(config):
             _block(tally, config, whole, again.mlp)
     if stage.has_embedding:
         _embedding(tally, config, whole)
@@ -125,6 +125,7 @@ class _Repetitions:
 
     attention: int
     mlp: int
+    memory: int
 
 
 def _repetitions(config: Config, stage: Stage, layer: int) -> _Repetitions:
@@ -132,11 +133,12 @@ def _repetitions(config: Config, stage: Stage, layer: int) -> _Repetitions:
     if recompute.recompute_granularity == "full":
         first = recompute.recompute_num_layers or 1
         is_again = recompute.recompute_method == "uniform" or layer in stage.layers[:first]
-        return _Repetitions(attention=1 + is_again, mlp=1 + is_again)
+        return _Repetitions(attention=1 + is_again, mlp=1 + is_again, memory=1 + is_again)
     selected = recompute.recompute_granularity == "selective"
     modules = recompute.recompute_modules or ("core_attn",)
-    is_left_out = "memory" in modules and layer in memory_layers(config)
-    return _Repetitions(attention=1, mlp=1 + (selected and "mlp" in modules and not is_left_out))
+    mlp = 1 + (selected and "mlp" in modules)
+    # With both modules the memories keep to their own.
+    return _Repetitions(attention=1, mlp=mlp, memory=1 if "memory" in modules else mlp)
 
 
 def _block(

@@ -9,7 +9,7 @@ import collections
 from collections.abc import Iterable
 
 from megatron_memory.config import Config
-from megatron_memory.config.pools import memory_layers
+from megatron_memory.config.pools import memory_layers, mlp_layers
 from megatron_memory.planning.parameters import expert_layers, projects_output
 
 ROUTING = ("memory query projection", "memory key scores")
@@ -31,7 +31,8 @@ def output_products(config: Config, padded_vocab_size: int) -> int:
 
 def forward_products(config: Config, layers: Iterable[int]) -> dict[str, int]:
     """Multiply-adds of some layers, counted from 0, for one token, forward."""
-    model, with_memory, with_experts = config.model, memory_layers(config), expert_layers(config)
+    model, with_memory, with_mlp = config.model, memory_layers(config), mlp_layers(config)
+    with_experts = expert_layers(config)
     width = model.num_attention_heads * model.kv_channels
     qkv = width + 2 * model.num_query_groups * model.kv_channels
     matrices = 3 if model.swiglu else 2
@@ -41,11 +42,11 @@ def forward_products(config: Config, layers: Iterable[int]) -> dict[str, int]:
         products["attention scores and sums"] += width * model.seq_length
         if layer in with_memory:
             products.update(_memory_products(config))
-        elif layer in with_experts:
+        if layer in with_experts:
             expert = matrices * model.hidden_size * model.moe_ffn_hidden_size
             router = model.hidden_size * (model.num_experts or 0)
             products["experts"] += router + model.moe_router_topk * expert
-        else:
+        elif layer in with_mlp:
             products["MLP"] += matrices * model.hidden_size * model.ffn_hidden_size
     return dict(products)
 

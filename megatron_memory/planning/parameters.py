@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from megatron_memory.config import Config
-from megatron_memory.config.pools import Pool, memory_layers, memory_pools
+from megatron_memory.config.pools import Pool, memory_layers, memory_pools, mlp_layers
 
 Part = Literal["dense", "router", "values", "experts"]
 
@@ -77,14 +77,15 @@ def layer_weights(config: Config, layers: Iterable[int]) -> list[Weight]:
     """Of some layers, counted from 0; the tables are not a layer's."""
     found: list[Weight] = []
     with_memory, with_experts = memory_layers(config), expert_layers(config)
+    with_mlp = mlp_layers(config)
     for layer in layers:
         of_layer = list(_attention(config))
+        if layer in with_experts:
+            of_layer += _experts(config)
+        elif layer in with_mlp:
+            of_layer += _mlp(config, config.model.ffn_hidden_size, "dense")
         if layer in with_memory:
             of_layer += _memory_layer(config)
-        elif layer in with_experts:
-            of_layer += _experts(config)
-        else:
-            of_layer += _mlp(config, config.model.ffn_hidden_size, "dense")
         found += of_layer
     return found
 
@@ -111,7 +112,7 @@ def _attention(config: Config) -> Iterator[Weight]:
     if model.qk_layernorm:
         yield from _norm(config, model.kv_channels, of_heads=True)
         yield from _norm(config, model.kv_channels, of_heads=True)
-    # Before the MLP, or whatever stands in its place.
+    # Before the MLP and the memory.
     yield from _norm(config, model.hidden_size)
 
 

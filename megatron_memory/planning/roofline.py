@@ -182,11 +182,12 @@ def _again(config: Config, name: str, stage: Stage) -> float:
     if recompute.recompute_granularity is None:
         return 0.0
     modules = recompute.recompute_modules or ("core_attn",)
+    routes_again = "mlp" in modules and "memory" not in modules
     covered = {
         "attention scores and sums": "core_attn" in modules,
         "MLP": "mlp" in modules,
-        "memory query projection": "mlp" in modules,
-        "memory key scores": "mlp" in modules,
+        "memory query projection": routes_again,
+        "memory key scores": routes_again,
         "memory gate and output": "mlp" in modules or "memory" in modules,
     }
     return float(covered.get(name, False))

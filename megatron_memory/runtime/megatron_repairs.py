@@ -17,6 +17,7 @@ def install() -> None:
     """Repair the imported megatron-core; with Transformer Engine or Apex there is little to do."""
     _use_group_step_adam()
     _allow_recompute_without_transformer_engine()
+    _allow_recompute_of_mlps_with_biases()
     _find_optimizer_states_behind_padding()
     _quieten_known_messages()
 
@@ -42,6 +43,26 @@ def _allow_recompute_without_transformer_engine() -> None:
         rng.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # the MoE router looks the name up unconditionally
+
+
+def _allow_recompute_of_mlps_with_biases() -> None:
+    """Without it, their second backward pass never ends.
+
+    An MLP returns the parameter itself as its bias, which megatron-core's checkpointing makes an
+    output of its autograd function: the parameter then hangs on the graph of the first pass.
+    """
+    from megatron.core.transformer.mlp import MLP
+
+    forward = MLP.forward
+    if hasattr(forward, "__wrapped__"):
+        return
+
+    @functools.wraps(forward)
+    def forward_with_view_of_bias(self, *args, **kwargs):
+        output, bias = forward(self, *args, **kwargs)
+        return output, None if bias is None else bias.view_as(bias)
+
+    MLP.forward = forward_with_view_of_bias
 
 
 def _find_optimizer_states_behind_padding() -> None:

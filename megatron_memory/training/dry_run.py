@@ -105,9 +105,10 @@ def _placement(config: Config, world_size: int) -> Iterator[str]:
     layers = memory_layers(config)
     if not layers:
         return
+    where = "beside their MLPs, " if memory.beside_mlp else ""
     yield (
-        f"  memory layers {', '.join(map(str, layers))} (counted from 0), {_tables(config)}: "
-        f"{memory.num_values:,} rows of {memory.value_dim}"
+        f"  memory layers {', '.join(map(str, layers))} (counted from 0), "
+        f"{where}{_tables(config)}: {memory.num_values:,} rows of {memory.value_dim}"
     )
     which = {"auto": "Triton on GPUs that run it, else torch", "triton": "Triton", "torch": "torch"}
     read = "in fp8" if memory.fp8_values else "as they are stored"

@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_memory.config import Config
-from megatron_memory.memory.layer import MemoryLayer
+from megatron_memory.memory.mlp import memory_of
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.training import step as step_module
@@ -86,8 +86,11 @@ class _Watched(LiveBytes):
         for chunk in setup.model:
             for layer in unwrap(chunk).decoder.layers:
                 self.label_calls(layer.self_attention, "attention")
-                is_memory = isinstance(layer.mlp, MemoryLayer)
-                self.label_calls(layer.mlp, "memory" if is_memory else "mlp")
+                memory = memory_of(layer.mlp)
+                if memory is not layer.mlp:
+                    self.label_calls(layer.mlp, "mlp")
+                if memory is not None:
+                    self.label_calls(memory, "memory")
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

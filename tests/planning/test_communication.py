@@ -14,6 +14,7 @@ from megatron_memory.planning.groups import Group
 from tests.distributed import run_ranks
 from tests.planning.counted import Counts, count_all
 from tests.planning.test_memory import (
+    BESIDE,
     DISTOPT,
     FULL,
     MLPS_AND_SUMS,
@@ -55,6 +56,12 @@ RUNS: dict[int, dict[str, Config]] = {
         ),
         "SP, recompute of sums": _config(parallel=TP2_SP, recompute=SUMS),
         "SP, recompute of MLPs and sums": _config(parallel=TP2_SP, recompute=MLPS_AND_SUMS),
+        "SP, beside the MLP, recompute of MLPs": _config(
+            parallel=TP2_SP, memory=BESIDE, recompute=MLP
+        ),
+        "TP, beside the MLP, recompute of both": _config(
+            parallel=TP2, memory=BESIDE, recompute=MLPS_AND_SUMS
+        ),
         "M, recompute of sums": _config(memory={"parallel_size": 2}, recompute=SUMS),
         "PP": _config(parallel=PP2, layers=4, bf16=True),
         "PP, own output layer": _config(parallel=PP2, layers=4, model=MODERN | UNTIED),

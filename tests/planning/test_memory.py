@@ -35,6 +35,7 @@ MODERN = dict(
 )
 OLD = dict(hidden_dropout=0.1, attention_dropout=0.1)
 MEMORY = dict(layers="0", num_heads=2, top_k=8, num_half_keys=16)
+BESIDE = dict(beside_mlp=True)
 OPTIONS = dict(gated=True, qk_norm=True, softmax_sink=True, num_random_values=2)
 OPTIONS |= dict(value_dropout=0.1, query_dropout=0.1)
 FULL = dict(recompute_granularity="full", recompute_num_layers=2)
@@ -88,6 +89,11 @@ RUNS: dict[int, dict[str, Config]] = {
         "peer": _config(memory={"variant": "peer"}),
         "all of memory+": _config(memory=OPTIONS),
         "all of memory+ in bf16": _config(memory=OPTIONS, bf16=True),
+        "beside the MLP": _config(memory=BESIDE),
+        "beside the MLP, selective recompute": _config(memory=BESIDE, recompute=SELECTIVE),
+        "beside the MLP, recompute of both": _config(
+            memory=BESIDE, recompute=MLPS_AND_SUMS, bf16=True
+        ),
         "full recompute": _config(layers=4, recompute=FULL | dict(recompute_method="uniform")),
         "of some layers": _config(layers=4, recompute=FULL | dict(recompute_method="block")),
         "selective recompute": _config(recompute=SELECTIVE),

@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[dict, dict]] = {
         MODERN,
         {"layers": "1,3", "value_dim": 48, "share_scope": "layer"},
     ),
+    "memory+ beside the MLP": (MODERN, {"layers": "1,3", "beside_mlp": True}),
+    "beside the MLP, old": (OLD, {"layers": "1,3", "beside_mlp": True}),
     "pkm": (MODERN, {"layers": "2", "variant": "pkm"}),
     "pkm projected": (MODERN, {"layers": "2", "variant": "pkm", "value_dim": 16} | EXTRAS),
     "experts": (

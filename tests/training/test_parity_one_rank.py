@@ -93,6 +93,19 @@ def test_all_options_at_tp2_sp_equal_one_rank(variant: str):
     assert_equal_runs(ranks, run_ranks(train, 1, tiny_config(variant, memory=memory))[0])
 
 
+def test_memory_beside_mlp_at_tp2_sp_equals_one_rank():
+    """With recompute of both, each its own way, against one rank without, with biases."""
+    options = dict(memory={"beside_mlp": True}, model={"disable_bias_linear": False})
+    recompute = RecomputeConfig(
+        recompute_granularity="selective", recompute_modules=("layernorm", "mlp", "memory")
+    )
+    config = tiny_config("memory+", LAYOUTS["tp2-sp"][1], recompute=recompute, **options)
+    ranks = run_ranks(train, 2, config)
+    assert_equal_runs(ranks, run_ranks(train, 1, tiny_config("memory+", **options))[0])
+    table, mlp = "memory.shared.values.weight", "decoder.layers.1.mlp.linear_fc1.weight"
+    assert {table, mlp, "decoder.layers.1.mlp.memory.router.keys"} <= ranks[0]["start"].keys()
+
+
 @pytest.mark.parametrize("layout", ["dp2", "tp2-sp"])
 @pytest.mark.parametrize("recompute", RECOMPUTES)
 def test_recompute_changes_nothing(recompute: str, layout: str):

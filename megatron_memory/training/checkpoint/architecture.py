@@ -31,6 +31,7 @@ _MODEL = (
 )
 _EXPERTS = ("moe_layer_freq", "moe_ffn_hidden_size")
 _MEMORY = (
+    "beside_mlp",
     "variant",
     "num_heads",
     "num_half_keys",
