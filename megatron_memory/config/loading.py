@@ -66,13 +66,16 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     return reader.build()
 
 
-def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+def save_config(config: Config, path: str | os.PathLike[str], *, omit: Sequence[str] = ()) -> None:
     """Write every setting to a YAML file that `load_config` and `--config` read.
 
-    The file appears under its name only when it is complete. Call it on one rank.
+    The file appears under its name only when it is complete. Call it on one rank. The components
+    named by `omit` are left out: `--config` then asks for what they require.
     """
     values: dict[str, Any] = {}
     for key, flag in all_flags().items():
+        if flag.component in omit:
+            continue
         value = getattr(getattr(config, flag.component), flag.field.name)
         values[key] = list(value) if isinstance(value, tuple) else value
     target = Path(path)

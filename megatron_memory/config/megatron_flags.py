@@ -150,7 +150,7 @@ _REFUSED = {
         squared_relu openai_gelu onnx_safe quick_geglu glu_linear_offset activation_func_clamp_value
         use_fused_weighted_squared_relu""",
     "rotary embeddings have no scaling; set --rotary-base and --rotary-percent": """
-        use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor no_rope_freq
+        rotary_seq_len_interpolation_factor no_rope_freq
         yarn_* no_yarn_* mrope_section relative_attention_*""",
     "positions are chosen by --position-embedding-type; use rope or none": "no_position_embedding",
     "norms are plain and stand before their block; use --normalization": """

@@ -53,6 +53,10 @@ class ModelConfig:
     """Part of each head's channels that rotary embeddings turn."""
     rotary_interleaved: bool = False
     """Rotate adjacent pairs of channels, as Meta's Llama does, instead of the two halves."""
+    use_rope_scaling: bool = False
+    """Lower the frequencies of rotary embeddings for long contexts, as Llama 3.1 and later do."""
+    rope_scaling_factor: float = option(8.0, above=0)
+    """By how much --use-rope-scaling lowers the lowest frequencies."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Norm before each block and at the end."""
     norm_epsilon: float = option(1e-5, above=0, synonyms=("layernorm_epsilon",))

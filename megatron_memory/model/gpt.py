@@ -92,6 +92,8 @@ def _gpt_options(config: Config, stage: Stage, padded_vocab_size: int) -> dict:
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         pre_process=stage.has_embedding,
         post_process=stage.has_loss,

@@ -44,6 +44,8 @@ _MEMORY = (
 # The same tensors fit, but the model computes something else: possible on purpose, so only said.
 _COMPUTATION = (
     ("model", "rotary_base"),
+    ("model", "use_rope_scaling"),
+    ("model", "rope_scaling_factor"),
     ("model", "norm_epsilon"),
     ("memory", "top_k"),
     ("memory", "fp8_values"),

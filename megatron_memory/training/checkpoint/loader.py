@@ -42,6 +42,8 @@ class Found:
     folder: Path
     shapes: dict[str, tuple[int, ...]]
     """Global shapes of its tensors."""
+    objects: frozenset[str]
+    """Names of what else it stores for the model's modules or for ranks."""
     common: dict[str, Any]
     """Its plain values."""
     notes: list[str]
@@ -83,7 +85,7 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         return None
     try:
         metadata = check_whole(folder)
-        common = _read_common(folder)
+        common = read_common(folder)
     except CheckpointError as error:
         raise CheckpointError(
             f"--load {load}: {error}.{_loadable_instead(folder.parent)}"
@@ -95,10 +97,17 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
             f"{folder} was trained with {common['vocab_size']} tokens, and the tokenizer of this "
             f"run (or --vocab-size) has {vocab_size}. Use the tokenizer it was trained with"
         )
-    return Found(folder=folder, shapes=tensor_shapes(metadata), common=common, notes=notes)
+    shapes = tensor_shapes(metadata)
+    objects = frozenset(metadata.state_dict_metadata.keys() - shapes.keys())
+    return Found(folder=folder, shapes=shapes, objects=objects, common=common, notes=notes)
 
 
-def _read_common(folder: Path) -> dict[str, Any]:
+def read_common(folder: Path) -> dict[str, Any]:
+    """A checkpoint's plain values.
+
+    Raises:
+        CheckpointError: they are damaged, or hold code.
+    """
     try:
         return torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
@@ -158,7 +167,7 @@ def _require_ours(found: Found, *, with_optimizer: bool) -> None:
             f"{found.folder} was written by another program: it does not say {', '.join(missing)}. "
             "Load its weights with --finetune"
         )
-    if with_optimizer and "optimizer" not in found.common:
+    if with_optimizer and not found.common.keys() & {"optimizer", "optimizer_step"}:
         raise CheckpointError(
             f"{found.folder} holds no optimizer state (it was saved with --no-save-optim). Load it "
             "with --no-load-optim, or with --finetune to start a new training from its weights"
@@ -185,7 +194,8 @@ def load_checkpoint(setup: TrainingSetup, found: Found, notify: Notify) -> None:
         with_optimizer=not checkpoint.no_load_optim,
         with_generators=_generators_fit(setup, found, notify),
     )
-    schedule = None if checkpoint.no_load_optim else found.common["opt_param_scheduler"]
+    # A converted checkpoint has the states of an optimizer and no schedule: the flags' counts.
+    schedule = None if checkpoint.no_load_optim else found.common.get("opt_param_scheduler")
     load_schedule(setup, schedule, position.consumed_samples)
     notify(f"loaded {found.folder}, iteration {position.iteration}")
 
@@ -208,7 +218,7 @@ def load_weights(model: list[torch.nn.Module], config: Config, vocab_size: int, 
     found = ask_first_rank(lambda: find_checkpoint(load, config, vocab_size))
     if found is None:
         raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
-    wanted = state.sharded_model(model)
+    wanted = state.without_missing_extra_states(state.sharded_model(model), found.objects)
     _apply_weights(model, _read_tensors(wanted, found))
     return found.folder
 
@@ -221,7 +231,7 @@ def _load_parts(
     if with_optimizer:
         optimizer = state.sharded_optimizer(setup, model, is_loading=True)
         read_saved_main_weights(optimizer, found.shapes)
-    wanted = dict(model)
+    wanted = state.without_missing_extra_states(model, found.objects)
     if with_generators:
         wanted |= state.sharded_generators(setup)
     loaded = _read_tensors(wanted, found)
@@ -229,7 +239,8 @@ def _load_parts(
     if with_optimizer:
         # By itself, for the main weights may come from tensors that the model reads as well.
         states = _read_tensors(optimizer, found)["optimizer"]
-        load_optimizer(setup, fit_groups(states, setup.optimizer))
+        step = found.common.get("optimizer_step")
+        load_optimizer(setup, fit_groups(states, setup.optimizer, step))
     else:
         setup.optimizer.reload_model_params()
     if with_generators:
@@ -307,4 +318,6 @@ def _weights_only() -> Iterator[None]:
 def _apply_weights(model: list[torch.nn.Module], loaded: state.StateDict) -> None:
     names = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
     for name, chunk in zip(names, model, strict=True):
-        unwrap(chunk).load_state_dict(loaded[name], strict=True)
+        result = unwrap(chunk).load_state_dict(loaded[name], strict=False)
+        lacking = [key for key in result.missing_keys if not state.is_extra_state(key)]
+        assert not lacking and not result.unexpected_keys, f"what was read is not whole: {result}"

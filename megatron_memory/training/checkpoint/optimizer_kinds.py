@@ -44,23 +44,32 @@ def _saved_name(key: str, saved: Mapping[str, Any]) -> str:
     return key
 
 
-def fit_groups(loaded: dict[Any, Any], optimizer: ChainedOptimizer) -> dict[Any, Any]:
+def fit_groups(
+    loaded: dict[Any, Any], optimizer: ChainedOptimizer, step: int | None = None
+) -> dict[Any, Any]:
     """A loaded state dict with the parameter groups where this run's optimizers look for them.
 
     Args:
         loaded: the optimizer's part of what megatron-core has read: plain values as they were
             saved, tensors as they were wanted.
         optimizer: of this run.
+        step: updates that made the states, where the checkpoint has states without groups; those
+            of this run are then taken.
     """
     parts = optimizer.chained_optimizers
     if len(parts) == 1:
-        return _fit_groups_of_one(loaded, parts[0])
-    return {i: _fit_groups_of_one(loaded[i], part) for i, part in enumerate(parts)}
+        return _fit_groups_of_one(loaded, parts[0], step)
+    return {i: _fit_groups_of_one(loaded[i], part, step) for i, part in enumerate(parts)}
 
 
-def _fit_groups_of_one(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
+def _fit_groups_of_one(
+    loaded: dict[str, Any], optimizer: MegatronOptimizer, step: int | None
+) -> dict[str, Any]:
     inner = dict(loaded.get("optimizer", {}))
     lists = [part.get("param_groups") for part in (loaded, inner)]
+    if step is not None:
+        own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        lists.append([group | {"step": step} for group in own])
     # One has what was saved, the other this run's numbers of its parameters; or one has both.
     halves = [groups for groups in lists if groups is not None]
     groups = [

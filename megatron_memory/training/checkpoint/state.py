@@ -44,6 +44,33 @@ def sharded_model(model: list[torch.nn.Module]) -> StateDict:
     }
 
 
+def is_extra_state(key: str) -> bool:
+    """Whether a module's entry is what torch calls its extra state: of Transformer Engine, scales
+    of fp8; of megatron-core's own layers, nothing."""
+    return key.rpartition(".")[2].startswith("_extra_state")
+
+
+def without_missing_extra_states(model: StateDict, objects: frozenset[str]) -> StateDict:
+    """Ask only for those extra states that a checkpoint has.
+
+    Those of other layers, and converted ones, have none; they are not weights.
+
+    Args:
+        model: what `sharded_model` made.
+        objects: the checkpoint's names of what is no tensor.
+    """
+    return {
+        name: {
+            key: value
+            for key, value in chunk.items()
+            if not isinstance(value, ShardedObject)
+            or value.unique_key in objects
+            or not is_extra_state(key)
+        }
+        for name, chunk in model.items()
+    }
+
+
 def sharded_optimizer(setup: TrainingSetup, model: StateDict, *, is_loading: bool) -> StateDict:
     """The optimizer's state; `model` is what `sharded_model` made."""
     if is_loading and setup.config.optimizer.optimizer == "sgd":

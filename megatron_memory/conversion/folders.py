@@ -1,0 +1,84 @@
+"""Output folders that appear only when they are complete, and files that are copied into them."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_memory.exceptions import CheckpointError
+
+
+@contextlib.contextmanager
+def output_folder(save: Path) -> Iterator[Path]:
+    """A folder beside `save` to write into, which takes its name at the end; removed on errors.
+
+    Raises:
+        CheckpointError: `save` holds something, or another process has written it meanwhile, or
+            the disk is full.
+    """
+    _check_is_free(save)
+    temporary = save.with_name(f".{save.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync(temporary)
+        _rename(temporary, save)
+    except OSError as error:
+        raise CheckpointError(f"--save {save}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_is_free(save: Path) -> None:
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise CheckpointError(
+            f"--save {save}: is there already, and is not empty. Name a new folder, or remove it"
+        )
+
+
+def _rename(temporary: Path, save: Path) -> None:
+    try:
+        # Replaces an empty folder, and fails where another process filled it meanwhile.
+        os.rename(temporary, save)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise CheckpointError(
+                f"--save {save}: another program has written there meanwhile; its files are kept"
+            ) from error
+        raise
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copy a tokenizer's folder, or its one file, without anything that does not belong to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [tokenizer] if tokenizer.is_file() else tokenizer_files(tokenizer)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in a folder, which may hold a model as well."""
+    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]

@@ -1,0 +1,234 @@
+"""Models in Hugging Face's format: a folder with config.json, weights and a tokenizer."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_memory.config import (
+    Config,
+    DataConfig,
+    OptimizerSettings,
+    PrecisionConfig,
+    TrainingConfig,
+)
+from megatron_memory.conversion.decoder import check_is_like_llama, decoder_rules
+from megatron_memory.conversion.folders import copy_tokenizer, tokenizer_files
+from megatron_memory.conversion.hf_families import (
+    FAMILIES,
+    NAMES,
+    Family,
+    check_family,
+    family_for,
+    model_of,
+    values_of,
+)
+from megatron_memory.conversion.rules import Rule, to_ours, to_theirs
+from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
+from megatron_memory.conversion.saved_state import SavedState, Tensors
+from megatron_memory.exceptions import CheckpointError, ConfigurationError
+
+CONFIG = "config.json"
+# Buffers that older versions of transformers saved: they follow from the configuration.
+_BUFFERS = ("rotary_emb.inv_freq",)
+
+
+def hf_rules(config: Config) -> list[Rule]:
+    """The rules of a model.
+
+    Raises:
+        CheckpointError: no Llama-like model is the same.
+    """
+    check_is_like_llama(config, "hf")
+    return list(decoder_rules(config, NAMES, _no_memory))
+
+
+def _no_memory(config: Config, layer: int) -> Iterator[Rule]:
+    raise NotImplementedError
+
+
+def read_hf(load: Path) -> SavedState:
+    """A model's folder.
+
+    Raises:
+        CheckpointError: it is damaged, of an unknown family, or a setting has no equal here.
+    """
+    values = read_config(load)
+    family = FAMILIES.get(values.get("model_type", ""))
+    if family is None:
+        raise CheckpointError(
+            f"{load / CONFIG}: model_type {values.get('model_type')!r} is none of those that are "
+            f"read: {', '.join(FAMILIES)}"
+        )
+    stored = {n: t for n, t in read_weight_files(load).items() if not n.endswith(_BUFFERS)}
+    config, notes = config_of(family, _with_defaults(values), stored, load)
+    rules = hf_rules(config)
+    stored = _without_tied_output(config, stored)
+    return SavedState(
+        config=config,
+        vocab_size=stored[NAMES.embedding].num_rows if NAMES.embedding in stored else 0,
+        weights=to_ours(rules, stored, load),
+        tokenizer=load if tokenizer_files(load) else None,
+        notes=tuple(notes),
+    )
+
+
+def read_hf_back(save: Path, config: Config) -> Tensors:
+    """The weights that `write_hf` wrote, by the rules that they were written with.
+
+    Raises:
+        CheckpointError: something is missing, left over or damaged.
+    """
+    return to_ours(hf_rules(config), read_weight_files(save), save)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        values = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{folder / CONFIG}: holds no JSON object")
+    return values
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """What config.json leaves out is the default of transformers' own class, which knows it."""
+    from transformers import CONFIG_MAPPING
+
+    defaults = CONFIG_MAPPING[values["model_type"]]().to_dict()
+    # Its defaults for a few entries follow from others, of which those here are not the model's.
+    for name in ("head_dim", "num_key_value_heads", "layer_types", "rope_parameters"):
+        defaults.pop(name, None)
+    return defaults | values
+
+
+def config_of(
+    family: Family, values: Mapping[str, Any], stored: Tensors, load: Path
+) -> tuple[Config, list[str]]:
+    """Our configuration of a model, and what to tell the user.
+
+    Raises:
+        CheckpointError: a setting is missing, or has no equal here.
+    """
+    try:
+        model, notes = model_of(family, values)
+        config = Config(
+            model=model,
+            precision=PrecisionConfig(bf16=_all_bf16(stored)),
+            # Of its training nothing is known; a run's own flags say it.
+            optimizer=OptimizerSettings(lr=0.0),
+            training=TrainingConfig(micro_batch_size=1, global_batch_size=1, train_iters=1),
+            data=DataConfig(
+                tokenizer_type="HuggingFaceTokenizer" if tokenizer_files(load) else None,
+                vocab_size=values["vocab_size"],
+            ),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{load / CONFIG}: does not describe a model ({error!r})") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{load / CONFIG}: {error}") from error
+    return config, notes
+
+
+def _all_bf16(stored: Tensors) -> bool:
+    return all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
+
+
+def _without_tied_output(config: Config, stored: Tensors) -> Tensors:
+    """Some files hold a tied output layer as well."""
+    if config.model.untie_embeddings_and_output_weights or NAMES.output not in stored:
+        return stored
+    return {name: tensor for name, tensor in stored.items() if name != NAMES.output}
+
+
+def write_hf(
+    state: SavedState,
+    folder: Path,
+    *,
+    model_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model's folder: configuration, weights, tokenizer.
+
+    Args:
+        state: what to write.
+        folder: where to, empty.
+        model_type: a family of FAMILIES; None: the one whose models are like this one.
+        dtype: of the weights; None: as they are.
+        max_shard_bytes: of a file.
+
+    Raises:
+        CheckpointError, ConfigurationError: no such family, or it has no such model.
+        OSError: the folder cannot be written.
+    """
+    rules = hf_rules(state.config)
+    family = _family(state, model_type)
+    weights = state.exact_weights if dtype == torch.float32 else state.weights
+    tensors = {n: t.to(dtype or t.dtype) for n, t in to_theirs(rules, weights, "the model").items()}
+    kind = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
+    values = values_of(family, state.config.model, state.vocab_size, kind)
+    _write_json(folder / CONFIG, values | _special_tokens(state))
+    _write_json(folder / "generation_config.json", _special_tokens(state))
+    write_weight_files(folder, tensors, max_shard_bytes)
+    if state.tokenizer is not None and tokenizer_files(state.tokenizer):
+        copy_tokenizer(state.tokenizer, folder)
+
+
+def load_for_evaluation(load: Path) -> torch.nn.Module:
+    """transformers' own model of a folder, in fp32; no code that the folder holds is run.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(load), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
+    # transformers raises nearly anything on a damaged file.
+    except Exception as error:
+        raise CheckpointError(f"{load}: transformers cannot read it: {error}") from error
+
+
+def _family(state: SavedState, model_type: str | None) -> Family:
+    if model_type is None:
+        return family_for(state.config.model)
+    if model_type not in FAMILIES:
+        raise ConfigurationError(
+            f"--hf-model-type {model_type}: unknown. Choose one of {', '.join(FAMILIES)}"
+        )
+    check_family(FAMILIES[model_type], state.config.model)
+    return FAMILIES[model_type]
+
+
+def _special_tokens(state: SavedState) -> dict[str, Any]:
+    """The tokenizer's begin and end, which generation needs; transformers' defaults are Llama's."""
+    tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+    if state.tokenizer is None or not tokenizer_files(state.tokenizer):
+        return tokens
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(state.tokenizer), local_files_only=True)
+    # transformers raises nearly anything on a damaged file.
+    except Exception as error:
+        raise CheckpointError(
+            f"{state.tokenizer}: the tokenizer cannot be read: {error}"
+        ) from error
+    return {name: getattr(tokenizer, name) for name in tokens}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

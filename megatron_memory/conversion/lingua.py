@@ -1,0 +1,306 @@
+"""The checkpoints of the paper's public reference, a fork of Meta's lingua.
+
+    0000000024/.metadata, __0_0.distcp      torch.distributed.checkpoint: model.*, optim.*
+    0000000024/params.json                  the run's configuration
+    0000000024/train_state_00000.json       its position
+    0000000024/consolidated/                consolidated.pth, all in one file, and params.json
+
+Written from the files' own content and PyTorch's documentation: nothing here is the reference's.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_memory.config import Config
+from megatron_memory.config.pools import memory_pools
+from megatron_memory.conversion.dcp_files import StoredTensors, write_dcp
+from megatron_memory.conversion.decoder import (
+    DecoderNames,
+    check_is_like_llama,
+    decoder_rules,
+    memory_prefix,
+)
+from megatron_memory.conversion.lazy import from_memory
+from megatron_memory.conversion.lingua_groups import groups_of
+from megatron_memory.conversion.lingua_params import config_of, params_of
+from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twins
+from megatron_memory.conversion.saved_state import SavedState, Tensors
+from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.integrity import read_metadata
+
+PARAMS = "params.json"
+CONSOLIDATED = "consolidated.pth"
+_STATE_FILE = "train_state_00000.json"
+_ITERATION = re.compile(r"\d{10}")
+_MODEL, _OPTIMIZER = "model.", "optim.state."
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_NAMES = DecoderNames(
+    embedding="tok_embeddings.weight",
+    final_norm="norm.weight",
+    output="output.weight",
+    layer="layers.{}.",
+    queries="attention.wq",
+    keys="attention.wk",
+    values="attention.wv",
+    projection="attention.wo",
+    attention_norm="attention_norm.weight",
+    mlp_norm="ffn_norm.weight",
+    gate="feed_forward.w1",
+    up="feed_forward.w3",
+    down="feed_forward.w2",
+    rotates_pairs=True,
+)
+_LINEAR = {
+    "router.query": "query_proj.query_mlps.0",
+    "linear_fc1": "swilu_projection",
+    "linear_fc2": "value_proj",
+    "gate": "gating",
+}
+_TABLES = {"pkm": ("values",), "memory+": ("values",), "peer": ("values_u", "values_v")}
+
+
+def lingua_rules(config: Config) -> list[Rule]:
+    """The rules of a model.
+
+    Raises:
+        CheckpointError: the reference has no such model.
+    """
+    check_is_like_llama(config, "lingua")
+    _check_memory(config)
+    return list(decoder_rules(config, _NAMES, _memory_rules))
+
+
+def _check_memory(config: Config) -> None:
+    memory = config.memory
+    unlike = {
+        "--memory-qk-norm": memory.qk_norm,
+        "--memory-softmax-sink": memory.softmax_sink,
+        "--memory-beside-mlp": memory.beside_mlp,
+    }
+    found = [flag for flag, is_so in unlike.items() if is_so and memory.enabled]
+    model = config.model
+    if model.add_qkv_bias or not model.disable_bias_linear:
+        found.append("biases in attention or MLPs")
+    if found:
+        raise CheckpointError(
+            f"--to lingua: the model has {' and '.join(found)}, which the reference lacks. It "
+            "cannot be converted"
+        )
+
+
+def _memory_rules(config: Config, layer: int) -> Iterator[Rule]:
+    memory = config.memory
+    ours, theirs = memory_prefix(config, layer), f"layers.{layer}.feed_forward."
+    shape = (memory.num_heads, 2, memory.num_half_keys, memory.key_dim // 2)
+    yield Rule(
+        ours=f"{ours}router.keys",
+        theirs=(f"{theirs}keys",),
+        join=lambda parts: parts[0].reshape(shape),
+        split=lambda keys: [keys.reshape(-1, shape[-1])],
+    )
+    for our_name, their_name in _LINEAR.items():
+        if our_name in _linear_layers(config):
+            for kind in ("weight", "bias"):
+                yield same(f"{ours}{our_name}.{kind}", f"{theirs}{their_name}.{kind}")
+    for pool in memory_pools(config):
+        if pool.layers[0] == layer:
+            for table in _TABLES[memory.variant]:
+                names = [f"layers.{reader}.feed_forward.{table}.weight" for reader in pool.layers]
+                yield same(f"memory.{pool.name}.{table}.weight", *names)
+
+
+def _linear_layers(config: Config) -> set[str]:
+    memory = config.memory
+    layers = {"router.query"}
+    projects = memory.variant == "memory+" or (
+        memory.variant == "pkm" and memory.value_dim != config.model.hidden_size
+    )
+    layers |= {"linear_fc2"} if projects else set()
+    layers |= {"linear_fc1"} if memory.variant == "memory+" else set()
+    return layers | ({"gate"} if memory.gated else set())
+
+
+def read_lingua_back(save: Path, config: Config) -> tuple[Tensors, dict[str, Tensors]]:
+    """Weights and moments of what `write_lingua` wrote, by the rules that it was written with.
+
+    Raises:
+        CheckpointError: something is missing, left over or damaged.
+    """
+    folder = _locate(save)
+    rules, stored = lingua_rules(config), _stored(folder)
+    moments = {kind: _moments(rules, stored, kind, folder) for kind in _MOMENTS}
+    return (
+        to_ours(rules, _under(stored, _MODEL), folder),
+        {kind: found for kind, found in moments.items() if found},
+    )
+
+
+def read_lingua(load: Path) -> SavedState:
+    """A run's directory (its newest checkpoint), a checkpoint's folder, or a consolidated one.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a setting has no equal here.
+    """
+    folder = _locate(load)
+    params = _read_json(folder / PARAMS)
+    stored = _stored(folder)
+    weights = _under(stored, _MODEL)
+    vocab = weights.get(_NAMES.embedding)
+    if vocab is None:
+        raise CheckpointError(f"{folder} lacks {_MODEL}{_NAMES.embedding}: it is no lingua model")
+    config = config_of(params, weights, folder / PARAMS)
+    rules = lingua_rules(config)
+    weights = _with_copies(rules, weights)
+    moments = {kind: _moments(rules, stored, kind, folder) for kind in _MOMENTS}
+    state_file = folder / _STATE_FILE
+    step = _read_json(state_file).get("step", 0) if state_file.is_file() else _step_of(folder)
+    return SavedState(
+        config=config,
+        vocab_size=vocab.num_rows,
+        weights=to_ours(rules, weights, folder),
+        twins=tuple(twins(rules, weights)),
+        moments={kind: found for kind, found in moments.items() if found},
+        iteration=step,
+        consumed_samples=step * config.training.global_batch_size,
+        notes=_notes(config, stored),
+    )
+
+
+def _locate(load: Path) -> Path:
+    if (load / PARAMS).is_file():
+        return load
+    runs = load / "checkpoints" if (load / "checkpoints").is_dir() else load
+    saved = sorted(p for p in runs.glob("*") if _ITERATION.fullmatch(p.name))
+    if not saved:
+        raise CheckpointError(
+            f"--load {load}: holds no {PARAMS}, and no checkpoint of lingua. Give the folder of "
+            "one, such as checkpoints/0000010000"
+        )
+    return saved[-1]
+
+
+def _stored(folder: Path) -> Tensors:
+    """All tensors, as in the sharded files: model.*, optim.*."""
+    path = folder / CONSOLIDATED
+    if not path.is_file():
+        return StoredTensors(folder, read_metadata(folder)).tensors()
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Without the optimizer's part it is the model's tensors themselves.
+        parts = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
+    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read, or holds code: {error}") from error
+    return {key: from_memory(tensor) for key, tensor in _flat(parts, "")}
+
+
+def _flat(value: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield prefix, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _under(stored: Tensors, prefix: str) -> Tensors:
+    return {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+
+
+def _with_copies(rules: list[Rule], theirs: Tensors) -> Tensors:
+    """A shared table may stand under any of its layers."""
+    found = dict(theirs)
+    for rule in rules:
+        name = rule.theirs[0]
+        for copy in rule.copies:
+            if name not in found and copy in found:
+                found[name] = found[copy]
+    return found
+
+
+def _moments(rules: list[Rule], stored: Tensors, kind: str, folder: Path) -> Tensors:
+    ending = f".{kind}"
+    states = {
+        name.removesuffix(ending): tensor
+        for name, tensor in _under(stored, _OPTIMIZER).items()
+        if name.endswith(ending)
+    }
+    return to_ours(rules, _with_copies(rules, states), folder) if states else {}
+
+
+def _step_of(folder: Path) -> int:
+    name = folder.parent.name if folder.name == "consolidated" else folder.name
+    return int(name) if _ITERATION.fullmatch(name) else 0
+
+
+def _notes(config: Config, stored: Tensors) -> tuple[str, ...]:
+    notes = []
+    if not any(name.startswith(_OPTIMIZER) for name in stored):
+        notes.append("the checkpoint holds no optimizer state: train from it with --finetune")
+    if config.data.tokenizer_type is None:
+        notes.append("the tokenizer is not part of the checkpoint: give --tokenizer-model to train")
+    return tuple(notes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds no JSON object")
+    return found
+
+
+def write_lingua(state: SavedState, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint's folder as the reference's own, without the consolidated file, which its
+    evaluation makes by itself.
+
+    Args:
+        state: what to write.
+        folder: where to, empty.
+        dtype: of the weights; None: as they are.
+
+    Raises:
+        CheckpointError, OSError: the reference has no such model, or the folder cannot be written.
+    """
+    rules = lingua_rules(state.config)
+    iteration = folder / "checkpoints" / f"{state.iteration:010d}"
+    iteration.mkdir(parents=True)
+    # The optimizer works on the weights themselves there: the exact ones go along with it.
+    source = state.exact_weights if state.moments and dtype is None else state.weights
+    weights = to_theirs(rules, source, "the model")
+    tensors = {_MODEL + n: t.to(dtype or t.dtype) for n, t in weights.items()}
+    objects: dict[str, Any] = {}
+    if set(state.moments) == set(_MOMENTS):
+        tensors |= _states_of(state, rules)
+        objects = groups_of(state.config, state.iteration, _trained(rules))
+    write_dcp(iteration, tensors, objects)
+    _write_json(iteration / PARAMS, params_of(state.config, state.vocab_size))
+    position = {"step": state.iteration, "acc_step": 0, "data_loader_state": {}}
+    position["scheduler"] = {"last_epoch": state.iteration}
+    _write_json(iteration / _STATE_FILE, position)
+
+
+def _states_of(state: SavedState, rules: list[Rule]) -> Tensors:
+    step = from_memory(torch.tensor(float(state.iteration)))
+    tensors = {f"{_OPTIMIZER}{name}.step": step for name in _trained(rules)}
+    for kind, moments in state.moments.items():
+        theirs = to_theirs(rules, moments, "the optimizer's state")
+        for name in _trained(rules):
+            tensors[f"{_OPTIMIZER}{name}.{kind}"] = theirs[name]
+    return tensors
+
+
+def _trained(rules: list[Rule]) -> list[str]:
+    """Names of the parameters, a shared one's once."""
+    return [name for rule in rules for name in rule.theirs]
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")

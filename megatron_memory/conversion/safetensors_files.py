@@ -1,0 +1,158 @@
+"""Weight files of Hugging Face: `model.safetensors`, or shards and an index; `.bin` to read."""
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_memory.conversion.lazy import LazyTensor, from_memory
+from megatron_memory.conversion.saved_state import Tensors
+from megatron_memory.exceptions import CheckpointError
+
+_ONE_FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def read_weight_files(folder: Path) -> Tensors:
+    """All tensors of a model's folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or holds code.
+    """
+    for one_file, index, read in (
+        (_ONE_FILE, _INDEX, _safetensors),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", _pickled),
+    ):
+        if (folder / index).is_file():
+            return _of_index(folder, folder / index, read)
+        if (folder / one_file).is_file():
+            return read(folder / one_file)
+    raise CheckpointError(f"{folder} holds neither {_ONE_FILE} nor {_INDEX}: no model's weights")
+
+
+def _of_index(folder: Path, index: Path, read: Callable[[Path], Tensors]) -> Tensors:
+    try:
+        placed = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in placed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is damaged: {error!r}") from error
+    tensors: Tensors = {}
+    for file in sorted(set(names.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index} names a file outside of the folder, {file!r}")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / file} is missing, which {index.name} names")
+        tensors |= read(folder / file)
+    if tensors.keys() != names.keys():
+        differing = sorted(tensors.keys() ^ names.keys())
+        raise CheckpointError(f"{index} and its files do not agree on {', '.join(differing[:8])}")
+    return tensors
+
+
+def _safetensors(path: Path) -> Tensors:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: _described(path, name, part) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _described(path: Path, name: str, part: Any) -> LazyTensor:
+    if part.get_dtype() not in _DTYPES:
+        raise CheckpointError(f"{path}: {name} is of type {part.get_dtype()}, which is not read")
+    return LazyTensor(
+        shape=tuple(part.get_shape()),
+        dtype=_DTYPES[part.get_dtype()],
+        read_rows=partial(_read_rows, path, name),
+    )
+
+
+def _read_rows(path: Path, name: str, begin: int, end: int) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(name)
+            return part[begin:end] if part.get_shape() else file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+
+
+def _pickled(path: Path) -> Tensors:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: from_memory(tensor) for name, tensor in loaded.items()}
+    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read, or holds code: {error}") from error
+
+
+def write_weight_files(folder: Path, tensors: Tensors, max_shard_bytes: int) -> None:
+    """Write shards of at most `max_shard_bytes`, but for larger tensors, and their index.
+
+    A block at a time: safetensors' own writer would need a whole shard in memory, and a table of
+    values is one tensor.
+    """
+    shards = list(_shards(tensors, max_shard_bytes))
+    if len(shards) == 1:
+        _write_file(folder / _ONE_FILE, shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _shards(tensors: Tensors, max_bytes: int) -> Iterator[Tensors]:
+    shard: Tensors = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.num_bytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.num_bytes
+    yield shard
+
+
+def _write_file(path: Path, tensors: Tensors) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.num_bytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # The format wants the data to begin at a multiple of 8; spaces may end the header.
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            for begin, end in tensor.blocks():
+                rows = tensor.read_rows(begin, end).contiguous()
+                rows.flatten().view(torch.uint8).numpy().tofile(file)
