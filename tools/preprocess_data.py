@@ -1,4 +1,4 @@
-"""Tokenize JSONL files into the `.bin`/`.idx` pairs that --data-path takes.
+"""Tokenize text files into the `.bin`/`.idx` pairs that --data-path takes.
 
     python tools/preprocess_data.py --input corpus.jsonl.gz --output-prefix data/corpus \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer --append-eod --workers 8
@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_memory.config.option import field_docstrings
 from megatron_memory.data.preprocess.options import PreprocessOptions
+from megatron_memory.data.preprocess.pipeline import preprocess
+from megatron_memory.data.preprocess.workers import WorkerError
 from megatron_memory.exceptions import ConfigurationError, DataError
 
 _NOT_HERE = {
@@ -34,21 +36,11 @@ _NOT_HERE = {
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     try:
-        options = parse_options(sys.argv[1:] if argv is None else argv)
-        # megatron-core takes seconds to import: only once the flags are known to be good.
-        from megatron_memory.runtime import prepare_megatron
-
-        prepare_megatron()
-        from megatron_memory.data.preprocess.pipeline import preprocess
-        from megatron_memory.data.preprocess.workers import WorkerError
-    except ConfigurationError as error:
-        return _fail(error)
-    try:
-        prefixes = preprocess(options)
+        prefixes = preprocess(parse_options(sys.argv[1:] if argv is None else argv))
     except (ConfigurationError, DataError, WorkerError, OSError) as error:
         return _fail(error)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written")
+        return _fail("interrupted")
     for prefix in prefixes:
         print(f"{prefix}.bin\n{prefix}.idx")
     return 0

@@ -1,23 +1,22 @@
-"""Checks of `.bin`/`.idx` pairs, so that damage is named before training and not by a crash in it.
-
-An `.idx` file is a header of 34 bytes (magic, version, dtype code, number of sequences, number of
-document bounds), then per sequence its length (int32), per sequence its byte offset in the `.bin`
-(int64), then the document bounds (int64, counted in sequences, beginning with 0).
-"""
+"""Checks of `.bin`/`.idx` pairs, so that damage is named before training, not by a crash in it."""
 
 import dataclasses
 import os
-import struct
 import zlib
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
 
+from megatron_memory.data.indexed.format import (
+    FLOAT_DTYPES,
+    HEADER,
+    MAGIC,
+    TOKEN_DTYPES,
+    VERSION,
+    bin_path,
+    idx_path,
+)
 from megatron_memory.exceptions import DataError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20
 _MEND = "Make the pair again with tools/preprocess_data.py, or copy both files again"
 
@@ -54,7 +53,7 @@ class _Header:
 
     @property
     def bytes_expected(self) -> int:
-        return _HEADER.size + 12 * self.num_sequences + 8 * self.num_bounds
+        return HEADER.size + 12 * self.num_sequences + 8 * self.num_bounds
 
 
 def check_indexed_dataset(prefix: str) -> IndexSummary:
@@ -68,18 +67,20 @@ def check_indexed_dataset(prefix: str) -> IndexSummary:
     Raises:
         DataError: names the file, what is wrong with it and the mend.
     """
-    idx_path, bin_path = get_idx_path(prefix), get_bin_path(prefix)
-    idx_bytes, bin_bytes = _size(prefix, idx_path), _size(prefix, bin_path)
-    header = _read_header(idx_path, idx_bytes)
+    index_file, token_file = idx_path(prefix), bin_path(prefix)
+    idx_bytes, bin_bytes = _size(prefix, index_file), _size(prefix, token_file)
+    header = _read_header(index_file, idx_bytes)
     count = header.num_sequences
-    index = np.memmap(idx_path, mode="r", dtype=np.uint8)
-    lengths = np.frombuffer(index, np.int32, count, _HEADER.size)
-    pointers = np.frombuffer(index, np.int64, count, _HEADER.size + lengths.nbytes)
+    index = np.memmap(index_file, mode="r", dtype=np.uint8)
+    lengths = np.frombuffer(index, np.int32, count, HEADER.size)
+    pointers = np.frombuffer(index, np.int64, count, HEADER.size + lengths.nbytes)
     bounds = np.frombuffer(
-        index, np.int64, header.num_bounds, _HEADER.size + lengths.nbytes + pointers.nbytes
+        index, np.int64, header.num_bounds, HEADER.size + lengths.nbytes + pointers.nbytes
     )
-    num_tokens = _check_sequences(idx_path, bin_path, bin_bytes, header.dtype, lengths, pointers)
-    _check_bounds(idx_path, bounds, count)
+    num_tokens = _check_sequences(
+        index_file, token_file, bin_bytes, header.dtype, lengths, pointers
+    )
+    _check_bounds(index_file, bounds, count)
     return IndexSummary(
         prefix=prefix,
         dtype=header.dtype,
@@ -93,7 +94,7 @@ def index_fingerprint(prefix: str) -> str:
     """Tells datasets of one name apart, cheaply: file sizes, both ends of the index and of the
     tokens."""
     parts = []
-    for path in (get_idx_path(prefix), get_bin_path(prefix)):
+    for path in (idx_path(prefix), bin_path(prefix)):
         num_bytes = _size(prefix, path)
         with open(path, "rb") as stream:
             checksum = zlib.crc32(stream.read(_CHUNK))
@@ -122,16 +123,16 @@ def _size(prefix: str, path: str) -> int:
 def _read_header(path: str, num_bytes: int) -> _Header:
     try:
         with open(path, "rb") as stream:
-            head = stream.read(_HEADER.size)
+            head = stream.read(HEADER.size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if not head.startswith(_MAGIC):
+    if not head.startswith(MAGIC):
         raise DataError(f"{path}: not the index of a dataset (it does not begin as one). {_MEND}")
-    if len(head) < _HEADER.size:
+    if len(head) < HEADER.size:
         raise DataError(f"{path}: cut off after {num_bytes} bytes, inside its header. {_MEND}")
-    _, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
-    if version != _VERSION:
-        raise DataError(f"{path}: has format version {version}, not {_VERSION}. {_MEND}")
+    _, version, code, num_sequences, num_bounds = HEADER.unpack(head)
+    if version != VERSION:
+        raise DataError(f"{path}: has format version {version}, not {VERSION}. {_MEND}")
     header = _Header(
         dtype=_token_dtype(path, code), num_sequences=num_sequences, num_bounds=num_bounds
     )
@@ -153,18 +154,18 @@ def _read_header(path: str, num_bytes: int) -> _Header:
 
 
 def _token_dtype(path: str, code: int) -> np.dtype:
-    try:
-        dtype = np.dtype(DType.dtype_from_code(code))
-    except ValueError as error:
-        raise DataError(f"{path}: unknown dtype code {code}. {_MEND}") from error
-    if dtype.kind not in "iu":
-        raise DataError(f"{path}: holds {dtype.name}, but token ids are whole numbers. {_MEND}")
-    return dtype
+    if code in FLOAT_DTYPES:
+        raise DataError(
+            f"{path}: holds {FLOAT_DTYPES[code].name}, but token ids are whole numbers. {_MEND}"
+        )
+    if code not in TOKEN_DTYPES:
+        raise DataError(f"{path}: unknown dtype code {code}. {_MEND}")
+    return TOKEN_DTYPES[code]
 
 
 def _check_sequences(
-    idx_path: str,
-    bin_path: str,
+    index_file: str,
+    token_file: str,
     bin_bytes: int,
     dtype: np.dtype,
     lengths: np.ndarray,
@@ -176,28 +177,28 @@ def _check_sequences(
         piece = lengths[begin : begin + _CHUNK]
         if piece.min() < 0:
             number = begin + int(np.argmax(piece < 0))
-            raise DataError(f"{idx_path}: sequence {number} has a negative length. {_MEND}")
+            raise DataError(f"{index_file}: sequence {number} has a negative length. {_MEND}")
         ends = end + np.cumsum(piece, dtype=np.int64) * dtype.itemsize
         starts = np.concatenate(([end], ends[:-1]))
         wrong = pointers[begin : begin + _CHUNK] != starts
         if wrong.any():
             place = int(np.argmax(wrong))
             raise DataError(
-                f"{idx_path}: sequence {begin + place} points at byte {pointers[begin + place]} of "
-                f"the .bin, where {starts[place]} is due. {_MEND}"
+                f"{index_file}: sequence {begin + place} points at byte {pointers[begin + place]} "
+                f"of the .bin, where {starts[place]} is due. {_MEND}"
             )
         end = int(ends[-1])
     if end > bin_bytes:
         raise DataError(
-            f"{bin_path}: cut off: {bin_bytes} bytes, but {idx_path} points at {end}. {_MEND}"
+            f"{token_file}: cut off: {bin_bytes} bytes, but {index_file} points at {end}. {_MEND}"
         )
     if end < bin_bytes:
         raise DataError(
-            f"{bin_path}: {bin_bytes} bytes, but {idx_path} describes {end}: the two do not belong "
-            f"together. {_MEND}"
+            f"{token_file}: {bin_bytes} bytes, but {index_file} describes {end}: the two do not "
+            f"belong together. {_MEND}"
         )
     if end == 0:
-        raise DataError(f"{bin_path}: holds no tokens. Preprocess a file that has text")
+        raise DataError(f"{token_file}: holds no tokens. Preprocess a file that has text")
     return end // dtype.itemsize
 
 

@@ -1,12 +1,17 @@
-"""Tokenizers by Megatron's names, built on megatron-core's own classes."""
+"""Tokenizers by Megatron's names, built on megatron-core's own classes.
+
+megatron-core takes seconds to import, which only `build_tokenizer` does.
+"""
+
+from __future__ import annotations
 
 import os
-from typing import Any
-
-from megatron.core.tokenizers import MegatronTokenizer
-from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from megatron_memory.exceptions import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
 _LIBRARIES = {
     "HuggingFaceTokenizer": "huggingface",
@@ -57,7 +62,9 @@ def build_tokenizer(
         ConfigurationError: unknown type, or a flag that the type needs is missing.
         DataError: the tokenizer's files are missing or cannot be read.
     """
-    library = _library(tokenizer_type, tokenizer_model, vocab_size)
+    library = check_tokenizer_flags(tokenizer_type, tokenizer_model, vocab_size)
+    from megatron.core.tokenizers import MegatronTokenizer
+
     options: dict[str, Any] = {}
     if library == "huggingface":
         options = {"use_fast": True, "include_special_tokens": include_special_tokens}
@@ -89,7 +96,15 @@ _EXPECTED_MODEL = {
 }
 
 
-def _library(tokenizer_type: str, tokenizer_model: str | None, vocab_size: int | None) -> str:
+def check_tokenizer_flags(
+    tokenizer_type: str, tokenizer_model: str | None, vocab_size: int | None
+) -> str:
+    """megatron-core's name of the library that a tokenizer's type belongs to.
+
+    Raises:
+        ConfigurationError: unknown type, or a flag that the type needs is missing.
+        DataError: the tokenizer's files are missing.
+    """
     if tokenizer_type not in _LIBRARIES:
         raise ConfigurationError(
             f"--tokenizer-type {tokenizer_type}: unknown. Choose one of {', '.join(_LIBRARIES)}"
@@ -126,13 +141,18 @@ def end_of_document(tokenizer: MegatronTokenizerBase) -> int:
     # Tokenizers without one answer None, or a negative id (SentencePiece).
     eod = tokenizer.eod
     if eod is None or eod < 0:
-        raise DataError(
-            f"--tokenizer-model {tokenizer.path}: has no end-of-sequence token, which "
-            "--append-eod, --reset-position-ids, --reset-attention-mask and --eod-mask-loss need. "
-            "Set eos_token in its tokenizer_config.json (SentencePiece: train it with an "
-            "eos_id), or use another tokenizer"
-        )
+        raise no_end_of_document(tokenizer.path)
     return int(eod)
+
+
+def no_end_of_document(path: str | None) -> DataError:
+    """The error of a tokenizer that defines no end of a document."""
+    return DataError(
+        f"--tokenizer-model {path}: has no end-of-sequence token, which "
+        "--append-eod, --reset-position-ids, --reset-attention-mask and --eod-mask-loss need. "
+        "Set eos_token in its tokenizer_config.json (SentencePiece: train it with an "
+        "eos_id), or use another tokenizer"
+    )
 
 
 def padded_vocab_size(
@@ -163,7 +183,8 @@ def check_vocab_size(tokenizer: MegatronTokenizerBase, vocab_size: int | None) -
         ConfigurationError: the tokenizer has more entries than `vocab_size`.
     """
     num_entries = int(tokenizer.vocab_size)
-    if vocab_size is None:
+    # A NullTokenizer's --vocab-size does not count the end of a document, as in Megatron-LM.
+    if vocab_size is None or (tokenizer.library == "null" and num_entries == vocab_size + 1):
         return num_entries
     if num_entries > vocab_size:
         raise ConfigurationError(

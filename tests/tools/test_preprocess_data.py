@@ -31,16 +31,16 @@ def run_on(path: Path, prefix: Path, *flags: str) -> int:
 
 
 def assert_golden(folder: Path, *names: str) -> None:
-    expected = {f"{name}.{suffix}" for name in names for suffix in ("bin", "idx")}
+    expected = {f"{name}.{suffix}" for name in names for suffix in ("bin", "idx", "json")}
     assert {path.name for path in folder.iterdir()} == expected, "other files are left"
-    for name in expected:
+    for name in filter(lambda name: not name.endswith(".json"), expected):
         assert (folder / name).read_bytes() == (GOLDEN / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
-@pytest.mark.parametrize("batch_bytes", [300, 256 * 1024])
-def test_same_bytes_as_megatron_lm(tmp_path, monkeypatch, workers, batch_bytes):
-    monkeypatch.setattr(sources, "_BATCH_BYTES", batch_bytes)
+@pytest.mark.parametrize("block_bytes", [300, 512 * 1024])
+def test_same_bytes_as_megatron_lm(tmp_path, monkeypatch, workers, block_bytes):
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", block_bytes)
     docs = GOLDEN / "docs.jsonl"
     assert run_on(docs, tmp_path / "mlm", "--append-eod", "--workers", workers) == 0
     keys = ["--json-keys", "text", "title"]
@@ -74,7 +74,7 @@ def test_as_a_script_with_progress(tmp_path):
     assert done.returncode == 0, done.stderr
     assert_golden(tmp_path, "mlm_text_document")
     progress, *_, last = done.stderr.splitlines()
-    for part in ("docs/s", "MB/s", "% done", "left"):
+    for part in ("docs/s", "MB/s", "tokens/s", "% done", "left"):
         assert part in progress
     assert last.startswith("305 documents") and "all done" in last
 
@@ -102,7 +102,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("workers", ["1", "3"])
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line.decode(errors="replace"))
 def test_a_bad_line_is_named(tmp_path, monkeypatch, capsys, line, workers):
-    monkeypatch.setattr(sources, "_BATCH_BYTES", 200)
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 200)
     good = [json.dumps({"text": f"document {i}"}).encode() for i in range(60)]
     # Of two bad lines the first is reported, whichever worker meets its own first.
     lines = [*good[:41], line, *good[41:50], b"also bad", *good[50:]]
@@ -123,14 +123,14 @@ def test_a_file_cut_off_is_named(tmp_path, capsys):
 
 
 class _DiesAtDocument30(encoding.DocumentEncoder):
-    def __call__(self, batch):
-        if batch.first_line > 30:
+    def __call__(self, block):
+        if block.first_record > 30:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(batch)
+        return super().__call__(block)
 
 
 def test_a_killed_worker_stops_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)
     monkeypatch.setattr(pipeline, "DocumentEncoder", _DiesAtDocument30)
     start = time.monotonic()
     assert run_on(GOLDEN / "docs.jsonl", tmp_path / "out", "--workers", "3") == 1
@@ -142,7 +142,7 @@ def test_a_killed_worker_stops_the_run(tmp_path, monkeypatch, capsys):
 
 
 class _Fails(encoding.DocumentEncoder):
-    def __call__(self, batch):
+    def __call__(self, block):
         raise ZeroDivisionError("a mistake of ours")
 
 
@@ -208,26 +208,26 @@ def test_a_tokenizer_without_end_of_document(tmp_path, capsys):
 class _Slow(encoding.DocumentEncoder):
     started: Any
 
-    def __call__(self, batch):
+    def __call__(self, block):
         self.started.set()
         time.sleep(0.5)
-        return super().__call__(batch)
+        return super().__call__(block)
 
 
 def _run_slowly_as_script(started, argv: list[str]) -> None:
     _Slow.started = started
     pipeline.DocumentEncoder = _Slow
-    sources._BATCH_BYTES = 1000
+    sources._BLOCK_BYTES = 1000
     sys.argv = ["preprocess_data.py", *argv]
     runpy.run_path(str(ROOT / "tools/preprocess_data.py"), run_name="__main__")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 @pytest.mark.parametrize(
-    ("number", "files_left"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1)]
+    ("number", "files_left"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 5)]
 )
 def test_workers_end_with_the_run(tmp_path, number, files_left):
-    argv = ["--input", str(GOLDEN / "docs.jsonl"), "--output-prefix", str(tmp_path / "out")]
+    argv = ["--input", str(GOLDEN / "docs.jsonl"), "--output-prefix", str(tmp_path / "mlm")]
     argv += [*TOKENIZER, "--workers", "3"]
     fork = multiprocessing.get_context("fork")
     started = fork.Event()
@@ -245,6 +245,9 @@ def test_workers_end_with_the_run(tmp_path, number, files_left):
         time.sleep(0.05)
     assert len(list(tmp_path.iterdir())) == files_left
     assert not list(tmp_path.glob("*document.idx")), "unfinished output under its final name"
+    # What a killed run left before its first record is in nobody's way.
+    assert run_on(GOLDEN / "docs.jsonl", tmp_path / "mlm", "--append-eod") == 0
+    assert_golden(tmp_path, "mlm_text_document")
 
 
 def _children(pid: int) -> list[int]:

@@ -1,166 +1,121 @@
-"""Lines of JSON to token ids. Runs inside the worker processes."""
+"""Blocks of lines to token ids. Runs inside the worker processes."""
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
-from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
-from megatron_memory.data.preprocess.options import PreprocessOptions
-from megatron_memory.data.preprocess.sources import LineBatch
-from megatron_memory.data.tokenizers import build_tokenizer, end_of_document
-from megatron_memory.exceptions import DataError
+from megatron_memory.data.preprocess.documents import Documents, read_documents
+from megatron_memory.data.preprocess.fast_bpe import TokenMismatch
+from megatron_memory.data.preprocess.sources import LineBlock, Position
 
-TextEncoder = Callable[[list[str]], list[list[int]]]
-
-# What a batched encoder must agree on with the tokenizer itself before it is used.
-_PROBES = [
-    "",
-    " ",
-    "The cat sat on the mat.\n\n\tIt's 12,345.67!  ",
-    "naïve Ünïcode 中文 日本語 العربية हिन्दी \U0001f600 e\u0301 \u200b\r\n",
-    "<s></s><|endoftext|> [MASK] <unk>",
-]
+BatchEncoder = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+"""Texts -> their ids one after the other, and how many each has. Raises on a text it refuses."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedBatch:
-    """Token ids of the documents of one LineBatch."""
+class EncodedBlock:
+    """Token ids of the documents of one block."""
 
     tokens: dict[str, np.ndarray]
     """For each key: the documents' ids one after the other, [tokens], uint16 or int32."""
     lengths: dict[str, np.ndarray]
     """For each key: tokens of each document, [documents], int32; 0 for an empty one."""
     num_documents: int
+    problems: list[tuple[int, str]]
+    """Number of each line that was left out, and why, ascending."""
     num_bytes: int
-    """Bytes of the lines, decompressed."""
-    bytes_read: int
-    """See LineBatch."""
+    """Bytes of the block, decompressed."""
+    end: Position
+    """Where the next block begins."""
 
 
 class DocumentEncoder:
-    """Tokenizes batches of JSON lines.
+    """Tokenizes blocks of JSON lines.
 
-    A document's ids are those of the tokenizer's own `tokenize`, followed by the end-of-document
-    id where `append_eod` is set and the text gave any token.
+    A document's ids are those of the tokenizer, followed by the end-of-document id where there is
+    one and the text gave any token.
     """
 
-    def __init__(self, options: PreprocessOptions) -> None:
-        tokenizer = build_tokenizer(
-            options.tokenizer_type,
-            options.tokenizer_model,
-            vocab_size=options.vocab_size,
-            include_special_tokens=options.tokenizer_hf_include_special_tokens,
-        )
-        self.keys = options.json_keys
-        self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self.eod = end_of_document(tokenizer) if options.append_eod else None
-        self._encode_texts = _text_encoder(tokenizer)
+    def __init__(
+        self,
+        *,
+        keys: tuple[str, ...],
+        encode: BatchEncoder,
+        eod: int | None,
+        vocab_size: int,
+        dtype: np.dtype,
+    ) -> None:
+        self.keys = keys
+        self.eod = eod
+        self.vocab_size = vocab_size
+        self.dtype = dtype
+        self._encode = encode
 
-    def __call__(self, batch: LineBatch) -> EncodedBatch:
-        """Tokenize one batch.
-
-        Raises:
-            DataError: a line is not a JSON object with text under each key.
-        """
-        documents = [
-            _parse_line(line, batch.path, batch.first_line + i, self.keys)
-            for i, line in enumerate(batch.lines)
-        ]
-        tokens, lengths = {}, {}
-        for column, key in enumerate(self.keys):
-            texts = [document[column] for document in documents]
-            ids = self._encode(texts, batch)
-            lengths[key] = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
-            tokens[key] = np.fromiter(
-                itertools.chain.from_iterable(ids), dtype=self.dtype, count=lengths[key].sum()
-            )
-        return EncodedBatch(
-            tokens=tokens,
-            lengths=lengths,
-            num_documents=len(documents),
-            num_bytes=sum(len(line) + 1 for line in batch.lines),
-            bytes_read=batch.bytes_read,
-        )
-
-    def _encode(self, texts: list[str], batch: LineBatch) -> list[list[int]]:
+    def __call__(self, block: LineBlock) -> EncodedBlock:
+        """Tokenize one block. Raises TokenMismatch where gigatoken fails."""
+        documents = read_documents(block, self.keys)
         try:
-            ids = self._encode_texts(texts)
+            encoded = {key: self._encode_texts(documents.texts[key]) for key in self.keys}
+        except TokenMismatch:
+            raise
         # A tokenizer raises its library's own kinds of error on text that it refuses.
         except Exception:
-            ids = [self._encode_one(text, batch, i) for i, text in enumerate(texts)]
-        if self.eod is not None:
-            for document in ids:
-                if document:
-                    document.append(self.eod)
-        return ids
-
-    def _encode_one(self, text: str, batch: LineBatch, position: int) -> list[int]:
-        try:
-            return self._encode_texts([text])[0]
-        except Exception as error:
-            raise DataError(
-                f"{batch.path}, line {batch.first_line + position}: the tokenizer refuses the text "
-                f"({type(error).__name__}: {error}). Mend or remove the line"
-            ) from error
-
-
-def _parse_line(line: bytes, path: str, number: int, keys: Iterable[str]) -> list[str]:
-    where = f"{path}, line {number}"
-    try:
-        document = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}). Save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        shown = line[:60].decode("utf-8", errors="replace")
-        raise DataError(
-            f"{where}: not valid JSON ({error}): {shown!r}. Each line must be one JSON object; "
-            "mend or remove the line"
-        ) from error
-    if not isinstance(document, dict):
-        raise DataError(
-            f"{where}: a JSON {type(document).__name__}, not an object. Each line must be an "
-            f"object with the keys of --json-keys: {', '.join(keys)}"
+            documents = self._without_refused(documents)
+            encoded = {key: self._encode_texts(documents.texts[key]) for key in self.keys}
+        return EncodedBlock(
+            tokens={key: tokens for key, (tokens, _) in encoded.items()},
+            lengths={key: lengths for key, (_, lengths) in encoded.items()},
+            num_documents=len(documents.numbers),
+            problems=documents.problems,
+            num_bytes=len(block.lines),
+            end=block.end,
         )
-    return [_text_of(document, key, where) for key in keys]
 
+    def _encode_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = self._encode(texts)
+        lengths = lengths.astype(np.int64)
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives ids from {ids.min()} to {ids.max()}, but has "
+                f"{self.vocab_size} entries"
+            )
+        if self.eod is None:
+            return ids.astype(self.dtype), lengths.astype(np.int32)
+        ends = np.cumsum(lengths)[lengths > 0]
+        with_ends = np.insert(ids.astype(self.dtype), ends, self.dtype.type(self.eod))
+        return with_ends, (lengths + (lengths > 0)).astype(np.int32)
 
-def _text_of(document: dict, key: str, where: str) -> str:
-    if key not in document:
-        raise DataError(
-            f"{where}: has no key {key!r}, only {', '.join(sorted(document)) or 'none'}. Give the "
-            "keys that hold text to --json-keys, or mend the line"
+    def _without_refused(self, documents: Documents) -> Documents:
+        """The documents whose every text the tokenizer takes."""
+        kept, problems = [], list(documents.problems)
+        for position, number in enumerate(documents.numbers):
+            try:
+                for key in self.keys:
+                    self._encode_texts([documents.texts[key][position]])
+                kept.append(position)
+            except TokenMismatch:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                problems.append(
+                    (number, f"the tokenizer refuses the text ({reason}). Mend or remove the line")
+                )
+        return Documents(
+            texts={key: [texts[i] for i in kept] for key, texts in documents.texts.items()},
+            numbers=[documents.numbers[i] for i in kept],
+            problems=sorted(problems),
         )
-    text = document[key]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: {key!r} holds {type(text).__name__}, not a string. Make it a string, or "
-            "name another key in --json-keys"
-        )
-    return text
 
 
-def _text_encoder(tokenizer: MegatronTokenizerBase) -> TextEncoder:
-    """The fastest way to the ids of `tokenizer.tokenize` that agrees with it on the probes."""
+def list_encoder(encode: Callable[[list[str]], list[list[int]]]) -> BatchEncoder:
+    """A BatchEncoder from a function that gives lists of ids."""
 
-    def one_by_one(texts: list[str]) -> list[list[int]]:
-        return [list(tokenizer.tokenize(text)) for text in texts]
+    def batch(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = encode(texts)
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        flat = itertools.chain.from_iterable(ids)
+        return np.fromiter(flat, dtype=np.int64, count=int(lengths.sum())), lengths
 
-    if tokenizer.library != "huggingface" or not tokenizer._tokenizer.tokenizer.is_fast:
-        return one_by_one
-    hugging_face = tokenizer._tokenizer.tokenizer
-    add_special_tokens = tokenizer._tokenizer.include_special_tokens
-
-    def batched(texts: list[str]) -> list[list[int]]:
-        return hugging_face(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-
-    return batched if batched(_PROBES) == one_by_one(_PROBES) else one_by_one
+    return batch

@@ -10,7 +10,8 @@ class PreprocessOptions:
     """One preprocessing run. Names and meanings are those of Megatron-LM's preprocess_data.py."""
 
     input: tuple[str, ...]
-    """JSONL files, plain or .gz, or glob patterns; read in the order given, patterns sorted."""
+    """JSONL files, plain or .gz, folders of them, glob patterns, or - for standard input; read in
+    the order given, folders and patterns sorted."""
 
     output_prefix: str
     """Outputs are OUTPUT_PREFIX_KEY_document.bin and .idx, for each of --json-keys."""
@@ -40,10 +41,21 @@ class PreprocessOptions:
     log_interval: int = 1000
     """Documents between two lines of progress."""
 
+    on_error: str = "stop"
+    """A bad line stops the run (stop), or is left out, counted and reported (skip)."""
+
+    resume: bool = False
+    """Go on with the run that was interrupted with the same flags; without one, begin."""
+
+    no_gigatoken: bool = False
+    """Do not use gigatoken, which encodes many times faster than the tokenizer's own library."""
+
     def __post_init__(self) -> None:
         for flag, value in (("--workers", self.workers), ("--log-interval", self.log_interval)):
             if value < 1:
                 raise ConfigurationError(f"{flag} {value}: must be at least 1")
+        if self.on_error not in ("stop", "skip"):
+            raise ConfigurationError(f"--on-error {self.on_error}: choose stop or skip")
         for flag, values in (("--input", self.input), ("--json-keys", self.json_keys)):
             if not values:
                 raise ConfigurationError(f"{flag}: give at least one")

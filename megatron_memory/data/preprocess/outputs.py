@@ -1,60 +1,139 @@
-"""Writes `.bin`/`.idx` pairs that appear under their names only when they are complete."""
+"""The outputs of a run, and how far they have come."""
 
-import os
+import contextlib
+import errno
+import time
+from collections.abc import Mapping
+from typing import NoReturn
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import (
-    IndexedDatasetBuilder,
-    get_bin_path,
-    get_idx_path,
-)
+
+from megatron_memory.data.indexed.writer import PairWriter, publish_pair, remove_partial
+from megatron_memory.data.preprocess.encoding import EncodedBlock
+from megatron_memory.data.preprocess.journal import Journal, State
+from megatron_memory.exceptions import DataError
+
+_SECONDS_BETWEEN_RECORDS = 10.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class IndexedOutput:
-    """One `.bin`/`.idx` pair, written beside its final place."""
+class Outputs:
+    """A pair for each key. What is written is recorded every ten seconds; a run that ends before
+    the first record leaves nothing behind, a longer one leaves what --resume goes on from."""
 
-    def __init__(self, prefix: str, dtype: type[np.number]) -> None:
-        self.prefix = prefix
-        self._temporary_prefix = f"{prefix}.{os.getpid()}.tmp"
-        os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
-        self._builder = IndexedDatasetBuilder(get_bin_path(self._temporary_prefix), dtype=dtype)
+    def __init__(self, prefixes: Mapping[str, str], dtype: np.dtype, journal: Journal) -> None:
+        """
+        Args:
+            prefixes: of each key's pair.
+            dtype: of the token ids.
+            journal: begun, or read and gone on with.
+        """
+        self.journal = journal
+        extents = journal.state.extents if journal.state else {}
+        self._writers = {
+            key: PairWriter(prefix, dtype, extents.get(prefix)) for key, prefix in prefixes.items()
+        }
+        self.state = journal.state or State(extents=self._extents())
+        self._next_record = time.monotonic() + _SECONDS_BETWEEN_RECORDS
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents.
+    def add(self, block: EncodedBlock) -> None:
+        """Append a block's documents.
 
-        An empty document has no sequence but keeps its place among the documents, as Megatron-LM
-        writes it.
+        Raises:
+            DataError: the disk is full.
+        """
+        try:
+            for key, writer in self._writers.items():
+                writer.add(block.tokens[key], block.lengths[key])
+            before = self.state
+            finished = before.finished_sources
+            if block.end.source != before.position.source:
+                finished = {**finished, before.position.source: before.position}
+            # In one assignment: what interrupts this leaves a state that was whole.
+            self.state = State(
+                extents=self._extents(),
+                position=block.end,
+                finished_sources=finished,
+                num_skipped=before.num_skipped + len(block.problems),
+                num_bytes=before.num_bytes + block.num_bytes,
+            )
+            if time.monotonic() >= self._next_record:
+                self._record()
+        except OSError as error:
+            self._raise_write_error(error)
+
+    def num_documents(self) -> int:
+        """Documents of all runs that wrote these outputs."""
+        return next(iter(self.state.extents.values())).num_documents
+
+    def publish(self, manifests: dict[str, dict]) -> None:
+        """Complete all pairs and give them their names.
 
         Args:
-            tokens: ids of all documents, one after the other, [tokens].
-            lengths: tokens of each document, [documents].
+            manifests: by prefix.
+
+        Raises:
+            DataError: the disk is full.
         """
-        end = 0
-        for length in lengths.tolist():
-            begin, end = end, end + length
-            self._builder.add_document(tokens[begin:end], [length] if length else [])
+        try:
+            self._record()
+            for writer in self._writers.values():
+                writer.finish()
+            self.journal.finish(manifests)
+            for writer in self._writers.values():
+                writer.publish(manifests[writer.prefix])
+        except OSError as error:
+            self._raise_write_error(error)
+        self.journal.remove()
 
-    def finish(self) -> None:
-        """Write the index and bring both files to the disk; they still have their other names."""
-        self._builder.finalize(get_idx_path(self._temporary_prefix))
-        for path in self._temporary_paths():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+    def abandon(self) -> bool:
+        """End without publishing; returns whether --resume can go on from what is left."""
+        worth_keeping = self.journal.state is not None
+        if worth_keeping and self.journal.manifests is None:
+            # On a full disk the record before this one stands.
+            with contextlib.suppress(OSError):
+                self._record()
+        for writer in self._writers.values():
+            if worth_keeping:
+                writer.close()
+            else:
+                writer.discard()
+        if worth_keeping:
+            self.journal.close()
+        else:
+            self.journal.remove()
+        return worth_keeping
 
-    def publish(self) -> None:
-        """Give both files their names. An older pair of that name disappears, index first, so that
-        no crash leaves the index of one run beside the tokens of another."""
-        if os.path.exists(get_idx_path(self.prefix)):
-            os.unlink(get_idx_path(self.prefix))
-        os.replace(get_bin_path(self._temporary_prefix), get_bin_path(self.prefix))
-        os.replace(get_idx_path(self._temporary_prefix), get_idx_path(self.prefix))
+    def _extents(self) -> dict:
+        return {writer.prefix: writer.extent for writer in self._writers.values()}
 
-    def discard(self) -> None:
-        """Remove what was written and is not published."""
-        self._builder.data_file.close()
-        for path in self._temporary_paths():
-            if os.path.exists(path):
-                os.unlink(path)
+    def _record(self) -> None:
+        for writer in self._writers.values():
+            writer.sync()
+        self.journal.record(self.state)
+        self._next_record = time.monotonic() + _SECONDS_BETWEEN_RECORDS
 
-    def _temporary_paths(self) -> tuple[str, str]:
-        return get_bin_path(self._temporary_prefix), get_idx_path(self._temporary_prefix)
+    def _raise_write_error(self, error: OSError) -> NoReturn:
+        names = ", ".join(writer.prefix for writer in self._writers.values())
+        if error.errno in _DISK_FULL:
+            raise DataError(
+                f"{names}: cannot be written: {error.strerror}, after {self.num_documents():,} "
+                "documents. Nothing that was there is changed. Make room there, or give another "
+                "--output-prefix"
+            ) from error
+        raise DataError(f"{names}: cannot be written ({error})") from error
+
+
+def finish_publishing(journal: Journal) -> None:
+    """Give complete pairs the names that a crash kept from them."""
+    assert journal.manifests is not None
+    for prefix, manifest in journal.manifests.items():
+        publish_pair(prefix, manifest)
+    journal.remove()
+
+
+def remove_leftovers(prefixes: Mapping[str, str], journal: Journal) -> None:
+    """Remove what a run left that recorded nothing."""
+    for prefix in prefixes.values():
+        remove_partial(prefix)
+    journal.remove()

@@ -1,53 +1,203 @@
 """Reads, tokenizes and writes, in the order of the input."""
 
 import contextlib
-import functools
+import itertools
 import os
+import sys
+from collections.abc import Iterator
 
-from megatron_memory.data.preprocess.encoding import DocumentEncoder
+from megatron_memory.data.indexed.format import idx_path, smallest_dtype
+from megatron_memory.data.indexed.lock import OutputLock
+from megatron_memory.data.indexed.manifest import read_manifest
+from megatron_memory.data.preprocess.documents import read_documents
+from megatron_memory.data.preprocess.encoding import BatchEncoder, DocumentEncoder, list_encoder
+from megatron_memory.data.preprocess.fast_bpe import FastEncoder, TokenMismatch
+from megatron_memory.data.preprocess.identity import check_same_run, identity_of, manifests_of
+from megatron_memory.data.preprocess.inputs import STANDARD_INPUT, expand_inputs, size_of
+from megatron_memory.data.preprocess.journal import Identity, Journal, identity_hash
 from megatron_memory.data.preprocess.options import PreprocessOptions
-from megatron_memory.data.preprocess.outputs import IndexedOutput
+from megatron_memory.data.preprocess.outputs import Outputs, finish_publishing, remove_leftovers
 from megatron_memory.data.preprocess.progress import Progress
-from megatron_memory.data.preprocess.sources import expand_inputs, read_batches
+from megatron_memory.data.preprocess.skipping import SkippedLines
+from megatron_memory.data.preprocess.sources import LineBlock, read_blocks
+from megatron_memory.data.preprocess.tokenizer import TextTokenizer, load_text_tokenizer
 from megatron_memory.data.preprocess.workers import ordered_map
+from megatron_memory.data.tokenizers import no_end_of_document
 from megatron_memory.exceptions import DataError
+
+# Documents of the first block on which gigatoken is compared with the tokenizer itself.
+_NUM_COMPARED = 100
 
 
 def preprocess(options: PreprocessOptions) -> list[str]:
-    """Tokenize JSONL files into `.bin`/`.idx` pairs, byte for byte as Megatron-LM's own tool.
+    """Tokenize text files into `.bin`/`.idx` pairs, byte for byte as Megatron-LM's own tool.
 
     Returns:
         The prefixes written, one for each key: what `--data-path` takes.
 
     Raises:
         ConfigurationError: flags that do not fit together.
-        DataError: an input or the tokenizer cannot be read, or a line is bad; nothing is left
-            under the outputs' names.
+        DataError: an input or the tokenizer cannot be read, a line is bad, or the disk is full;
+            nothing is left under the outputs' names.
         WorkerError: a worker process died.
     """
     paths = expand_inputs(options.input)
     # The tokenizers library warns, and may deadlock, when it forks with threads of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    encoder = DocumentEncoder(options)
-    make_encoder = functools.partial(DocumentEncoder, options)
-    progress = Progress(sum(map(os.path.getsize, paths)), options.log_interval)
+    tokenizer = load_text_tokenizer(options)
+    if options.append_eod and tokenizer.eod is None:
+        raise no_end_of_document(options.tokenizer_model)
+    prefixes = {key: f"{options.output_prefix}_{key}_document" for key in options.json_keys}
     with contextlib.ExitStack() as stack:
-        outputs = {}
-        for key in options.json_keys:
-            outputs[key] = IndexedOutput(f"{options.output_prefix}_{key}_document", encoder.dtype)
-            stack.callback(outputs[key].discard)
-        batches = stack.enter_context(
-            contextlib.closing(ordered_map(make_encoder, read_batches(paths), options.workers))
+        for prefix in prefixes.values():
+            stack.enter_context(OutputLock(prefix))
+        _Run(options, paths, prefixes, tokenizer).run()
+    return list(prefixes.values())
+
+
+class _Run:
+    """One run, whose outputs are locked."""
+
+    def __init__(
+        self,
+        options: PreprocessOptions,
+        paths: list[str],
+        prefixes: dict[str, str],
+        tokenizer: TextTokenizer,
+    ) -> None:
+        self.options = options
+        self.paths = paths
+        self.prefixes = prefixes
+        self.tokenizer = tokenizer
+        self.dtype = smallest_dtype(tokenizer.vocab_size)
+        self.identity: Identity = identity_of(options, paths, tokenizer)
+        self.journal = Journal(next(iter(prefixes.values())))
+
+    def run(self) -> None:
+        """Write the outputs, from where an interrupted run was if the options say so."""
+        if self.journal.state is not None and not self.options.resume:
+            raise DataError(
+                f"{self.journal.path}: an interrupted run left "
+                f"{self._documents_done():,} documents of this output. Go on "
+                "with it by --resume, or remove this file to start over"
+            )
+        if self.journal.identity is not None and self.options.resume:
+            check_same_run(self.journal.identity, self.identity, self.journal.path)
+        if self.options.resume and self._is_complete():
+            print("--resume: nothing is left to do", file=sys.stderr)
+            return
+        if self.journal.state is None:
+            remove_leftovers(self.prefixes, self.journal)
+            self.journal.begin(self.identity)
+        else:
+            self.journal.go_on()
+            print(f"--resume: going on after {self._documents_done():,} documents", file=sys.stderr)
+        try:
+            self._encode_all(fast=not self.options.no_gigatoken)
+        except TokenMismatch as mismatch:
+            if STANDARD_INPUT in self.paths:
+                raise DataError(
+                    f"{mismatch}. Standard input cannot be read again: start over with "
+                    "--no-gigatoken"
+                ) from mismatch
+            print(f"{mismatch}; starting over without gigatoken", file=sys.stderr)
+            self.journal.begin(self.identity)
+            self._encode_all(fast=False)
+
+    def _documents_done(self) -> int:
+        assert self.journal.state is not None
+        return next(iter(self.journal.state.extents.values())).num_documents
+
+    def _is_complete(self) -> bool:
+        if self.journal.manifests is not None:
+            finish_publishing(self.journal)
+            return True
+        if self.journal.state is not None or STANDARD_INPUT in self.paths:
+            return False
+        manifests = [read_manifest(prefix) for prefix in self.prefixes.values()]
+        return all(
+            manifest is not None and manifest.get("run") == identity_hash(self.identity)
+            for manifest in manifests
+        ) and all(os.path.exists(idx_path(prefix)) for prefix in self.prefixes.values())
+
+    def _encode_all(self, *, fast: bool) -> None:
+        outputs = Outputs(self.prefixes, self.dtype, self.journal)
+        try:
+            self._write_blocks(outputs, fast=fast)
+        except TokenMismatch:
+            outputs.abandon()
+            raise
+        except BaseException:
+            if outputs.abandon():
+                print(
+                    f"{outputs.num_documents():,} documents are kept: the same command with "
+                    "--resume goes on from there",
+                    file=sys.stderr,
+                )
+            raise
+
+    def _write_blocks(self, outputs: Outputs, *, fast: bool) -> None:
+        start = outputs.state
+        sizes = [size_of(path) for path in self.paths]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        before = [sum(size or 0 for size in sizes[:i]) for i in range(len(sizes))]
+        progress = Progress(total, self.options.log_interval)
+        if start.position.offset:
+            progress.begin_at(before[start.position.source] + start.position.bytes_read)
+        skipped = SkippedLines(self.options.on_error, start.num_skipped)
+        blocks = read_blocks(self.paths, start.position)
+        encode, blocks = self._choose_encoder(blocks, fast=fast)
+        encoder = DocumentEncoder(
+            keys=self.options.json_keys,
+            encode=encode,
+            eod=self.tokenizer.eod if self.options.append_eod else None,
+            vocab_size=self.tokenizer.vocab_size,
+            dtype=self.dtype,
         )
-        for batch in batches:
-            for key, output in outputs.items():
-                output.add(batch.tokens[key], batch.lengths[key])
-            progress.update(batch.num_documents, batch.num_bytes, batch.bytes_read)
-        if progress.num_documents == 0:
-            raise DataError(f"--input {' '.join(paths)}: no documents. Each line must be one")
-        for output in outputs.values():
-            output.finish()
-        for output in outputs.values():
-            output.publish()
-    progress.finish("all done")
-    return [output.prefix for output in outputs.values()]
+        results = ordered_map(encoder, blocks, self.options.workers)
+        with contextlib.closing(results):
+            for block in results:
+                skipped.report(self.paths[block.end.source], block.problems)
+                outputs.add(block)
+                progress.update(
+                    num_documents=block.num_documents,
+                    num_bytes=block.num_bytes,
+                    num_tokens=sum(tokens.size for tokens in block.tokens.values()),
+                    bytes_read=before[block.end.source] + block.end.bytes_read,
+                )
+        if outputs.num_documents() == 0:
+            raise DataError(f"--input {' '.join(self.paths)}: no documents. Each line must be one")
+        outputs.publish(
+            manifests_of(
+                options=self.options,
+                paths=self.paths,
+                prefixes=self.prefixes,
+                tokenizer=self.tokenizer,
+                identity=self.identity,
+                dtype=self.dtype.name,
+                state=outputs.state,
+            )
+        )
+        progress.finish("all done")
+        skipped.finish()
+
+    def _choose_encoder(
+        self, blocks: Iterator[LineBlock], *, fast: bool
+    ) -> tuple[BatchEncoder, Iterator[LineBlock]]:
+        """The fastest encoder that agrees with the tokenizer on the first block; all blocks."""
+        slow = list_encoder(self.tokenizer.encode)
+        if not fast or self.tokenizer.definition is None:
+            return slow, blocks
+        first = list(itertools.islice(blocks, 1))
+        blocks = itertools.chain(first, blocks)
+        texts = [
+            text
+            for block in first
+            for of_key in read_documents(block, self.options.json_keys).texts.values()
+            for text in of_key[:: max(1, len(of_key) // _NUM_COMPARED)]
+        ]
+        try:
+            return FastEncoder(self.tokenizer, texts), blocks
+        except TokenMismatch as mismatch:
+            print(f"{mismatch}; encoding without gigatoken", file=sys.stderr)
+            return slow, blocks

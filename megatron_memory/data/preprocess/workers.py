@@ -4,7 +4,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -25,23 +24,21 @@ class WorkerError(RuntimeError):
 
 
 def ordered_map(
-    make_function: Callable[[], Callable[[Item], Result]],
-    items: Iterable[Item],
-    num_workers: int,
+    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
 ) -> Generator[Result, None, None]:
-    """Results of `make_function()(item)` in the order of `items`.
+    """Results of `function(item)` in the order of `items`.
 
     With one worker everything happens in this process, else in `num_workers` others, each with its
-    own function. Close the iterator (contextlib.closing) to stop them early.
+    own copy of the function. Close the iterator (contextlib.closing) to stop them early.
 
     Raises:
-        DataError: raised by the function; the first one in the order of `items`.
+        DataError: raised by the function, of any subclass; the first one in the order of `items`.
         WorkerError: a worker was killed or failed otherwise.
     """
     if num_workers == 1:
-        yield from map(make_function(), items)
+        yield from map(function, items)
         return
-    pool = _Pool(make_function, num_workers)
+    pool = _Pool(function, num_workers)
     try:
         yield from pool.map(items)
     finally:
@@ -51,17 +48,17 @@ def ordered_map(
 class _Pool:
     """Workers with one item each at a time: neither side ever blocks on a full pipe."""
 
-    def __init__(self, make_function: Callable[[], Callable], num_workers: int) -> None:
-        # Forked workers inherit the imports, which cost seconds; elsewhere fork is unsafe.
-        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        forks = context.get_start_method() == "fork"
+    def __init__(self, function: Callable, num_workers: int) -> None:
+        # Forked workers inherit what is imported and loaded, which costs seconds, and a function
+        # need not be picklable.
+        context: Any = multiprocessing.get_context("fork")
         self.processes: dict[Connection, Any] = {}
         for number in range(num_workers):
             ours, theirs = context.Pipe()
-            inherited = (*self.processes, ours) if forks else ()
+            inherited = (*self.processes, ours)
             process = context.Process(
                 target=_work,
-                args=(make_function, theirs, inherited),
+                args=(function, theirs, inherited),
                 name=f"tokenizer worker {number}",
                 daemon=True,
             )
@@ -139,12 +136,12 @@ def _unwrap(kind: str, value: Any) -> Any:
     if kind == "result":
         return value
     if kind == "data error":
-        raise DataError(value)
+        raise value
     raise WorkerError(f"a worker failed:\n{value}")
 
 
 def _work(
-    make_function: Callable[[], Callable],
+    function: Callable,
     connection: Connection,
     inherited: tuple[Connection, ...],
 ) -> None:
@@ -159,17 +156,15 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    function = None
     while True:
         try:
             number, item = connection.recv()
         except EOFError:
             return
         try:
-            function = function or make_function()
             answer = (number, "result", function(item))
         except DataError as error:
-            answer = (number, "data error", str(error))
+            answer = (number, "data error", error)
         except Exception:
             answer = (number, "failure", traceback.format_exc())
         try:

@@ -1,0 +1,34 @@
+"""The manifest beside a `.bin`/`.idx` pair: where its tokens come from."""
+
+import json
+from typing import Any
+
+from megatron_memory.exceptions import DataError
+
+FORMAT = 1
+
+
+def manifest_path(prefix: str) -> str:
+    """Where the manifest of a pair is."""
+    return prefix + ".json"
+
+
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+    """The manifest of a pair; None where it has none, as pairs of other programs.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = manifest_path(prefix)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            manifest = json.load(stream)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: the manifest cannot be read ({error}). Remove it, or preprocess again"
+        ) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tokenizer", {}), dict):
+        raise DataError(f"{path}: not a manifest. Remove it, or preprocess again")
+    return manifest
