@@ -57,10 +57,17 @@ OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
             install="python -m pip install -e '.[eval]'",
         ),
         OptionalPackage(
-            name="data",
-            module="datatrove",
-            distribution="datatrove",
-            purpose="parquet and remote sources for tools/preprocess_data.py",
+            name="zstandard",
+            module="zstandard",
+            distribution="zstandard",
+            purpose="corpora in .zst for tools/preprocess_data.py",
+            install="python -m pip install -e '.[data]'",
+        ),
+        OptionalPackage(
+            name="pyarrow",
+            module="pyarrow.parquet",
+            distribution="pyarrow",
+            purpose="corpora in .parquet for tools/preprocess_data.py",
             install="python -m pip install -e '.[data]'",
         ),
         OptionalPackage(

@@ -1,6 +1,7 @@
 """megatron_memory.optional: optional packages present, missing and broken."""
 
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -68,5 +69,6 @@ def test_every_extra_of_the_install_lines_exists():
         pyproject = file.read()
     for name, package in optional.OPTIONAL_PACKAGES.items():
         if name != "apex":  # built from source
-            assert f"[{name}]" in package.install
-            assert f'\n{name} = ["{package.distribution}' in pyproject
+            extra = re.search(r"\[(\w+)\]", package.install).group(1)
+            (listed,) = re.findall(rf"^{extra} = (\[.*\])$", pyproject, re.MULTILINE)
+            assert f'"{package.distribution}' in listed

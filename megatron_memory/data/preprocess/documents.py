@@ -1,29 +1,31 @@
-"""Lines of JSON to the texts in them."""
+"""Lines of JSON and rows of tables to the texts in them."""
 
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_memory.data.preprocess.sources import LineBlock
+from megatron_memory.data.preprocess.blocks import Block, LineBlock, RowBlock
 
 _scan_json: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The texts of a block's good lines, and what is wrong with the others."""
+    """The texts of a block's good records, and what is wrong with the others."""
 
     texts: dict[str, list[str]]
     """For each key a text of each document."""
     numbers: Sequence[int]
-    """The line of each document, counted from 1 in its file."""
+    """The line or row of each document, counted from 1 in its file."""
     problems: list[tuple[int, str]]
-    """Number of each bad line, and what is wrong with it."""
+    """Number of each bad line or row, and what is wrong with it."""
 
 
-def read_documents(block: LineBlock, keys: tuple[str, ...]) -> Documents:
-    """Parse a block of lines. Nothing is raised for a bad line: it is among the problems."""
+def read_documents(block: Block, keys: tuple[str, ...]) -> Documents:
+    """The documents of a block. Nothing is raised for a bad record: it is among the problems."""
+    if isinstance(block, RowBlock):
+        return _read_rows(block, keys)
     parsed = _parse_good_lines(block, keys)
     if parsed is not None:
         first = block.first_record
@@ -39,6 +41,22 @@ def read_documents(block: LineBlock, keys: tuple[str, ...]) -> Documents:
             continue
         good.append(number)
         for key, text in zip(keys, of_line, strict=True):
+            texts[key].append(text)
+    return Documents(texts=texts, numbers=good, problems=problems)
+
+
+def _read_rows(block: RowBlock, keys: tuple[str, ...]) -> Documents:
+    texts: dict[str, list[str]] = {key: [] for key in keys}
+    good, problems = [], []
+    for number, row in enumerate(
+        zip(*(block.texts[key] for key in keys), strict=True), block.first_record
+    ):
+        missing = [key for key, text in zip(keys, row, strict=True) if text is None]
+        if missing:
+            problems.append((number, f"{missing[0]!r} holds null, not a string. Fill or remove it"))
+            continue
+        good.append(number)
+        for key, text in zip(keys, row, strict=True):
             texts[key].append(text)
     return Documents(texts=texts, numbers=good, problems=problems)
 

@@ -1,4 +1,4 @@
-"""Blocks of lines to token ids. Runs inside the worker processes."""
+"""Blocks of text to token ids. Runs inside the worker processes."""
 
 import dataclasses
 import itertools
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_memory.data.preprocess.blocks import Block, Position
 from megatron_memory.data.preprocess.documents import Documents, read_documents
 from megatron_memory.data.preprocess.fast_bpe import TokenMismatch
-from megatron_memory.data.preprocess.sources import LineBlock, Position
 
 BatchEncoder = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
 """Texts -> their ids one after the other, and how many each has. Raises on a text it refuses."""
@@ -32,7 +32,7 @@ class EncodedBlock:
 
 
 class DocumentEncoder:
-    """Tokenizes blocks of JSON lines.
+    """Tokenizes blocks.
 
     A document's ids are those of the tokenizer, followed by the end-of-document id where there is
     one and the text gave any token.
@@ -53,7 +53,7 @@ class DocumentEncoder:
         self.dtype = dtype
         self._encode = encode
 
-    def __call__(self, block: LineBlock) -> EncodedBlock:
+    def __call__(self, block: Block) -> EncodedBlock:
         """Tokenize one block. Raises TokenMismatch where gigatoken fails."""
         documents = read_documents(block, self.keys)
         try:
@@ -69,7 +69,7 @@ class DocumentEncoder:
             lengths={key: lengths for key, (_, lengths) in encoded.items()},
             num_documents=len(documents.numbers),
             problems=documents.problems,
-            num_bytes=len(block.lines),
+            num_bytes=block.num_bytes,
             end=block.end,
         )
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import megatron_memory
 from megatron_memory.data.indexed.manifest import FORMAT
+from megatron_memory.data.preprocess.blocks import Position
 from megatron_memory.data.preprocess.inputs import size_of
 from megatron_memory.data.preprocess.journal import Identity, State, identity_hash
 from megatron_memory.data.preprocess.options import PreprocessOptions
-from megatron_memory.data.preprocess.sources import Position
 from megatron_memory.data.preprocess.tokenizer import TextTokenizer
 from megatron_memory.exceptions import DataError
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from megatron_memory.exceptions import ConfigurationError, DataError
 
 STANDARD_INPUT = "-"
-_IN_FOLDERS = (".jsonl", ".jsonl.gz")
+ZSTD_ENDINGS = (".zst", ".zstd")
+_TABLE_ENDING = ".parquet"
+_IN_FOLDERS = (".jsonl", ".jsonl.gz", *(f".jsonl{end}" for end in ZSTD_ENDINGS), _TABLE_ENDING)
 """Endings of the files that are read of a folder; a file that is named may have any."""
-_NOT_READ = (".zst", ".zstd", ".parquet", ".bz2", ".xz", ".zip", ".tar")
+_NOT_READ = (".bz2", ".xz", ".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".7z")
 
 
 def expand_inputs(inputs: Iterable[str]) -> list[str]:
@@ -30,7 +32,8 @@ def expand_inputs(inputs: Iterable[str]) -> list[str]:
     for path in paths:
         if path.endswith(_NOT_READ):
             raise ConfigurationError(
-                f"--input {path}: only .jsonl and .jsonl.gz are read; convert it to one of them"
+                f"--input {path}: this kind of file is not read; make it JSON lines (plain, .gz "
+                "or .zst) or Parquet, or unpack it into standard input: --input -"
             )
     return paths
 
@@ -64,6 +67,11 @@ def _in_folder(folder: str) -> list[str]:
             if name.endswith(_IN_FOLDERS) and not name.startswith(".")
         ]
     return sorted(found)
+
+
+def is_table(path: str) -> bool:
+    """Whether an input has rows and columns, and not lines."""
+    return path.endswith(_TABLE_ENDING)
 
 
 def size_of(path: str) -> int | None:

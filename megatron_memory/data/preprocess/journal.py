@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from megatron_memory.data.indexed.writer import Extent
-from megatron_memory.data.preprocess.sources import Position
+from megatron_memory.data.preprocess.blocks import Position
 from megatron_memory.exceptions import DataError
 
 Identity = dict[str, Any]

@@ -10,8 +10,8 @@ class PreprocessOptions:
     """One preprocessing run. Names and meanings are those of Megatron-LM's preprocess_data.py."""
 
     input: tuple[str, ...]
-    """JSONL files, plain or .gz, folders of them, glob patterns, or - for standard input; read in
-    the order given, folders and patterns sorted."""
+    """Files of JSON lines (plain, .gz or .zst) or .parquet, folders of them, glob patterns, or -
+    for standard input; read in the order given, folders and patterns sorted."""
 
     output_prefix: str
     """Outputs are OUTPUT_PREFIX_KEY_document.bin and .idx, for each of --json-keys."""

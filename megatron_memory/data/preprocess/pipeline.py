@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from megatron_memory.data.indexed.format import idx_path, smallest_dtype
 from megatron_memory.data.indexed.lock import OutputLock
 from megatron_memory.data.indexed.manifest import read_manifest
+from megatron_memory.data.preprocess.blocks import Block
 from megatron_memory.data.preprocess.documents import read_documents
 from megatron_memory.data.preprocess.encoding import BatchEncoder, DocumentEncoder, list_encoder
 from megatron_memory.data.preprocess.fast_bpe import FastEncoder, TokenMismatch
@@ -19,7 +20,7 @@ from megatron_memory.data.preprocess.options import PreprocessOptions
 from megatron_memory.data.preprocess.outputs import Outputs, finish_publishing, remove_leftovers
 from megatron_memory.data.preprocess.progress import Progress
 from megatron_memory.data.preprocess.skipping import SkippedLines
-from megatron_memory.data.preprocess.sources import LineBlock, read_blocks
+from megatron_memory.data.preprocess.sources import read_blocks
 from megatron_memory.data.preprocess.tokenizer import TextTokenizer, load_text_tokenizer
 from megatron_memory.data.preprocess.workers import ordered_map
 from megatron_memory.data.tokenizers import no_end_of_document
@@ -145,7 +146,7 @@ class _Run:
         if start.position.offset:
             progress.begin_at(before[start.position.source] + start.position.bytes_read)
         skipped = SkippedLines(self.options.on_error, start.num_skipped)
-        blocks = read_blocks(self.paths, start.position)
+        blocks = read_blocks(self.paths, self.options.json_keys, start.position)
         encode, blocks = self._choose_encoder(blocks, fast=fast)
         encoder = DocumentEncoder(
             keys=self.options.json_keys,
@@ -182,8 +183,8 @@ class _Run:
         skipped.finish()
 
     def _choose_encoder(
-        self, blocks: Iterator[LineBlock], *, fast: bool
-    ) -> tuple[BatchEncoder, Iterator[LineBlock]]:
+        self, blocks: Iterator[Block], *, fast: bool
+    ) -> tuple[BatchEncoder, Iterator[Block]]:
         """The fastest encoder that agrees with the tokenizer on the first block; all blocks."""
         slow = list_encoder(self.tokenizer.encode)
         if not fast or self.tokenizer.definition is None:

@@ -2,6 +2,7 @@
 
 import sys
 
+from megatron_memory.data.preprocess.inputs import is_table
 from megatron_memory.exceptions import DataError
 
 _NUM_SHOWN = 10
@@ -26,7 +27,7 @@ class SkippedLines:
             DataError: the first of them, where the run stops at bad lines.
         """
         for number, problem in problems:
-            message = f"{path}, line {number}: {problem}"
+            message = f"{path}, {'row' if is_table(path) else 'line'} {number}: {problem}"
             if self.on_error == "stop":
                 raise DataError(message)
             self.count += 1
