@@ -1,13 +1,18 @@
 """Our program's run of a golden whole model: the reference's weights, tokens and settings."""
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+from megatron_memory.config import CheckpointConfig, Config
 from megatron_memory.model.full_weights import load_full_weights
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
-from megatron_memory.training.setup import build_training_setup
+from megatron_memory.training.checkpoint.saver import CheckpointSaver
+from megatron_memory.training.checkpoint.state import Position
+from megatron_memory.training.setup import TrainingSetup, build_training_setup
 from megatron_memory.training.step import train_step
 from megatron_memory.training.wrapping import unwrap
 from tests.golden_lingua import case_config, full_weights, load_case
@@ -17,7 +22,18 @@ _MICRO_BATCH = 2
 
 def train_like_reference(name: str, parallel: dict, device: str = "cpu") -> list[dict]:
     """Every step's figures, under the trajectory's names; on each rank."""
-    config = case_config(name, **parallel)
+    return _train(name, case_config(name, **parallel), device)[1]
+
+
+def save_like_reference(name: str, save: Path) -> None:
+    """Train on one rank, and save a checkpoint."""
+    config = case_config(name)
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(save=str(save)))
+    setup, steps = _train(name, config, "cpu")
+    CheckpointSaver(setup, vocab_size=258).save(Position(iteration=len(steps)))
+
+
+def _train(name: str, config: Config, device: str) -> tuple[TrainingSetup, list[dict]]:
     _, tensors, trajectory = load_case(name)
     backend = select_backend(device)
     initialize_distributed(config, backend)
@@ -37,7 +53,7 @@ def train_like_reference(name: str, parallel: dict, device: str = "cpu") -> list
                 "lrs": [result.learning_rate, result.value_learning_rate],
             }
         )
-    return steps
+    return setup, steps
 
 
 def _batches(tokens: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:

@@ -3,7 +3,12 @@
 from megatron_memory.config.checkpoint import CheckpointConfig
 from megatron_memory.config.checks import check_config, check_layers_available
 from megatron_memory.config.data import DataConfig
-from megatron_memory.config.loading import load_config, parse_arguments, save_config
+from megatron_memory.config.loading import (
+    check_values,
+    load_config,
+    parse_arguments,
+    save_config,
+)
 from megatron_memory.config.logging import LoggingConfig
 from megatron_memory.config.memory import MemoryConfig
 from megatron_memory.config.model import ModelConfig
@@ -28,6 +33,7 @@ __all__ = [
     "TrainingConfig",
     "check_config",
     "check_layers_available",
+    "check_values",
     "load_config",
     "parse_arguments",
     "save_config",

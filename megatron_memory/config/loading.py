@@ -66,6 +66,30 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     return reader.build()
 
 
+def check_values(config: Config) -> None:
+    """Check each value by itself, of a configuration that was made of another program's.
+
+    Raises `ConfigurationError` where a value is of the wrong type, or out of its range.
+    """
+    raise_problems(
+        problem
+        for flag in all_flags().values()
+        if (problem := _problem_with_field(config, flag)) is not None
+    )
+
+
+def _problem_with_field(config: Config, flag: Flag) -> str | None:
+    value = getattr(getattr(config, flag.component), flag.field.name)
+    try:
+        converted = convert(flag.value_type, flag.accepts_none, value)
+    except WrongValue as wrong:
+        return f"{flag.spelled} is {value!r}, but expects {wrong}."
+    # Text that means a number is for users to write, not for a value to be.
+    if converted != value or isinstance(converted, str) != isinstance(value, str):
+        return f"{flag.spelled} is {value!r}, but expects {flag.value_type.expected}."
+    return problem_with(flag.spelled, converted, flag.value_type, flag.option)
+
+
 def save_config(config: Config, path: str | os.PathLike[str], *, omit: Sequence[str] = ()) -> None:
     """Write every setting to a YAML file that `load_config` and `--config` read.
 

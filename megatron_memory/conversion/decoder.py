@@ -1,7 +1,7 @@
 """The rules of a Llama-like decoder: everything but the memory layers' own tensors."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 
 import torch
@@ -68,6 +68,18 @@ def check_is_like_llama(config: Config, format_name: str) -> None:
         raise CheckpointError(
             f"--to {format_name}: the model has {' and '.join(found)}, which that format's "
             "Llama-like models do not have. It cannot be converted"
+        )
+
+
+def check_size(config: Config, stored: Sized) -> None:
+    """Refuse a number of layers that is damaged, before lists of as many are made.
+
+    Raises:
+        CheckpointError: there are fewer tensors than layers.
+    """
+    if config.model.num_layers > len(stored):
+        raise CheckpointError(
+            f"there are {len(stored)} tensors, too few for {config.model.num_layers} layers"
         )
 
 

@@ -13,8 +13,9 @@ from megatron_memory.config import (
     OptimizerSettings,
     PrecisionConfig,
     TrainingConfig,
+    check_values,
 )
-from megatron_memory.conversion.decoder import check_is_like_llama, decoder_rules
+from megatron_memory.conversion.decoder import check_is_like_llama, check_size, decoder_rules
 from megatron_memory.conversion.folders import copy_tokenizer, tokenizer_files
 from megatron_memory.conversion.hf_families import (
     FAMILIES,
@@ -28,6 +29,7 @@ from megatron_memory.conversion.hf_families import (
 from megatron_memory.conversion.rules import Rule, to_ours, to_theirs
 from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
 from megatron_memory.conversion.saved_state import SavedState, Tensors
+from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 
 CONFIG = "config.json"
@@ -63,13 +65,16 @@ def read_hf(load: Path) -> SavedState:
             f"read: {', '.join(FAMILIES)}"
         )
     stored = {n: t for n, t in read_weight_files(load).items() if not n.endswith(_BUFFERS)}
-    config, notes = config_of(family, _with_defaults(values), stored, load)
+    values = _with_defaults(values)
+    config, notes = config_of(family, values, stored, load)
     rules = hf_rules(config)
-    stored = _without_tied_output(config, stored)
+    weights = to_ours(rules, _without_tied_output(config, stored), load)
+    vocab_size = values["vocab_size"]
+    check_shapes(config, vocab_size, weights, load)
     return SavedState(
         config=config,
-        vocab_size=stored[NAMES.embedding].num_rows if NAMES.embedding in stored else 0,
-        weights=to_ours(rules, stored, load),
+        vocab_size=vocab_size,
+        weights=weights,
         tokenizer=load if tokenizer_files(load) else None,
         notes=tuple(notes),
     )
@@ -131,10 +136,12 @@ def config_of(
                 vocab_size=values["vocab_size"],
             ),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{load / CONFIG}: does not describe a model ({error!r})") from error
-    except CheckpointError as error:
+        check_values(config)
+        check_size(config, stored)
+    except (ConfigurationError, CheckpointError) as error:
         raise CheckpointError(f"{load / CONFIG}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{load / CONFIG}: does not describe a model ({error!r})") from error
     return config, notes
 
 

@@ -30,6 +30,7 @@ from megatron_memory.conversion.lingua_groups import groups_of
 from megatron_memory.conversion.lingua_params import config_of, params_of
 from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twins
 from megatron_memory.conversion.saved_state import SavedState, Tensors
+from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.integrity import read_metadata
 
@@ -156,15 +157,19 @@ def read_lingua(load: Path) -> SavedState:
         raise CheckpointError(f"{folder} lacks {_MODEL}{_NAMES.embedding}: it is no lingua model")
     config = config_of(params, weights, folder / PARAMS)
     rules = lingua_rules(config)
-    weights = _with_copies(rules, weights)
+    theirs = _with_copies(rules, weights)
+    weights = to_ours(rules, theirs, folder)
+    check_shapes(config, vocab.num_rows, weights, folder)
     moments = {kind: _moments(rules, stored, kind, folder) for kind in _MOMENTS}
+    for found in moments.values():
+        check_shapes(config, vocab.num_rows, found, folder)
     state_file = folder / _STATE_FILE
     step = _read_json(state_file).get("step", 0) if state_file.is_file() else _step_of(folder)
     return SavedState(
         config=config,
         vocab_size=vocab.num_rows,
-        weights=to_ours(rules, weights, folder),
-        twins=tuple(twins(rules, weights)),
+        weights=weights,
+        twins=tuple(twins(rules, theirs)),
         moments={kind: found for kind, found in moments.items() if found},
         iteration=step,
         consumed_samples=step * config.training.global_batch_size,

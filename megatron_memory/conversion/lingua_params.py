@@ -10,8 +10,10 @@ from megatron_memory.config import (
     ModelConfig,
     OptimizerSettings,
     TrainingConfig,
+    check_values,
 )
 from megatron_memory.config.pools import memory_layers
+from megatron_memory.conversion.decoder import check_size
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 
@@ -58,17 +60,20 @@ def config_of(params: dict[str, Any], weights: Tensors, path: Path) -> Config:
     """
     try:
         model = _MODEL | params["model"]
-        return Config(
+        config = Config(
             model=_model(model, weights),
             memory=_memory(_MEMORY | (model.get("productkey_args") or {}), params, model),
             optimizer=_optimizer(_OPTIM | params.get("optim", {}), path),
             training=_training(params),
             data=_data(params),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: has not what a run's has ({error!r})") from error
-    except ConfigurationError as error:
+        check_values(config)
+        check_size(config, weights)
+    except (ConfigurationError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: does not describe a model ({error!r})") from error
+    return config
 
 
 def _model(model: dict[str, Any], weights: Tensors) -> ModelConfig:

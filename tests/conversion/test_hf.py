@@ -1,0 +1,164 @@
+"""Dense models of Hugging Face's families, made and run by transformers itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_memory.conversion.convert import convert
+from megatron_memory.conversion.evaluate import megatron_logits, state_logits
+from megatron_memory.conversion.hf import read_hf, write_hf
+from megatron_memory.conversion.saved_state import SavedState
+from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from tests.conversion.states import (
+    HF_MODELS,
+    assert_same_tensors,
+    conversion,
+    read_all,
+    save_hf_model,
+)
+
+# Rounding of fp32 over two layers: some 20 units in the last place of logits near 5.
+TOLERANCE = 2e-5
+TOKENS = torch.randint(0, 91, (2, 48), generator=torch.Generator().manual_seed(9))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: t for file in files for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
+def test_there_and_back(name: str, tmp_path: Path):
+    """The logits of transformers' model, from a checkpoint that a training loads; then its files
+    again, bit for bit, with a configuration that makes the same model."""
+    hugging_face = tmp_path / "hf"
+    model = save_hf_model(name, hugging_face)
+    with torch.inference_mode():
+        expected = model(TOKENS).logits
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    convert(
+        conversion("hf", hugging_face, "megatron", megatron, target_tensor_parallel_size=2), print
+    )
+    assert (megatron_logits(megatron, TOKENS) - expected).abs().max() < TOLERANCE
+
+    family = HF_MODELS[name].model_type
+    convert(conversion("megatron", megatron, "hf", back, hf_model_type=family), print)
+    assert_same_tensors(_weights(back), _weights(hugging_face))
+    again = type(model).from_pretrained(back).eval()
+    with torch.inference_mode():
+        assert torch.equal(again(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize(("name", "family"), [("qwen2", "qwen2"), ("mistral", "llama")])
+def test_family_is_found(name: str, family: str, tmp_path: Path):
+    save_hf_model(name, tmp_path / "hf")
+    (tmp_path / "back").mkdir()
+    write_hf(read_hf(tmp_path / "hf"), tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == family
+
+
+def test_shards_of_bf16(tmp_path: Path):
+    """Several files with an index, and weights of half the bytes: all read and written alike."""
+    save_hf_model("llama", tmp_path / "hf", torch.bfloat16, max_shard_size="40KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    convert(conversion("hf", tmp_path / "hf", "megatron", tmp_path / "megatron"), print)
+    convert(
+        conversion(
+            "megatron", tmp_path / "megatron", "hf", tmp_path / "back", max_shard_size="40KB"
+        ),
+        print,
+    )
+    files = list((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < 45_000
+    assert_same_tensors(_weights(tmp_path / "back"), _weights(tmp_path / "hf"))
+
+
+def test_pickled_weights_are_read(tmp_path: Path):
+    model = save_hf_model("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    again = state_logits(read_hf(tmp_path), torch.float32, TOKENS)
+    with torch.inference_mode():
+        assert (again - model(TOKENS).logits).abs().max() < TOLERANCE
+
+
+def test_pairs_become_halves(tmp_path: Path):
+    """A model that rotates adjacent pairs: its weights are permuted on the way out."""
+    save_hf_model("qwen3", tmp_path / "hf")
+    state = read_hf(tmp_path / "hf")
+    replaced = {**vars(state.config.model), "rotary_interleaved": True}
+    model = type(state.config.model)(**replaced)
+    config = type(state.config)(**{**vars(state.config), "model": model})
+    pairs = SavedState(config=config, vocab_size=91, weights=state.weights)
+    (tmp_path / "out").mkdir()
+    write_hf(pairs, tmp_path / "out")
+    out = type(save_hf_model("qwen3", tmp_path / "other")).from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        written = out.eval()(TOKENS).logits
+    expected = state_logits(pairs, torch.float32, TOKENS)
+    assert (written - expected).abs().max() < TOLERANCE
+    assert (state_logits(state, torch.float32, TOKENS) - expected).abs().max() > 0.01
+
+
+def test_window_limits_the_positions(tmp_path: Path):
+    save_hf_model("mistral", tmp_path)
+    state = read_hf(tmp_path)
+    assert state.config.model.max_position_embeddings == 50
+    assert any("sliding_window 50" in note for note in state.notes)
+
+
+def test_tied_output_that_is_stored_all_the_same(tmp_path: Path):
+    save_hf_model("qwen3", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    twice = stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    save_file(twice, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "output_layer.weight" not in read_hf(tmp_path).weights
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "parts"),
+    [
+        ("llama", {"model_type": "gpt_neox"}, ("gpt_neox", "llama, mistral")),
+        ("llama", {"model_type": None}, ("model_type None",)),
+        ("llama", {"hidden_act": "gelu"}, ("hidden_act gelu", "silu")),
+        ("llama", {"attention_bias": True}, ("attention_bias True", "mlp_bias False")),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, ("yarn", "llama3")),
+        ("llama", {"rope_parameters": {"rope_theta": 10000.5}}, ("rope_theta 10000.5",)),
+        ("llama", {"num_hidden_layers": 3}, ("model.layers.2.", "lacks")),
+        ("llama", {"num_hidden_layers": 10**12}, ("tensors, too few",)),
+        ("llama", {"hidden_size": "64"}, ("does not describe a model",)),
+        ("llama", {"num_hidden_layers": 1}, ("model.layers.1.", "nothing is known")),
+        ("llama", {"num_key_value_heads": 4}, ("do not have the shapes", "q_proj")),
+        ("llama", {"num_hidden_layers": "many"}, ("--num-layers is 'many'",)),
+        ("llama", {"num_attention_heads": 0}, ("does not describe a model",)),
+        ("qwen3", {"attention_bias": True}, ("attention_bias",)),
+        ("qwen2", {"model_type": "llama"}, ("q_proj.bias", "nothing is known")),
+    ],
+)
+def test_what_is_not_built_is_refused(name, changes, parts, tmp_path: Path):
+    save_hf_model(name, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(CheckpointError) as caught:
+        state = read_hf(tmp_path)
+        read_all(state.weights)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_missing_shard_is_named(tmp_path: Path):
+    save_hf_model("llama", tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
+        read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_family_that_has_no_such_model(family: str, tmp_path: Path):
+    save_hf_model("qwen2", tmp_path)
+    with pytest.raises((CheckpointError, ConfigurationError), match=f"--hf-model-type {family}"):
+        write_hf(read_hf(tmp_path), tmp_path, model_type=family)
