@@ -7,8 +7,14 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from megatron_memory.config.convert import ValueType, WrongValue, convert, value_type_of
-from megatron_memory.config.flags import flag_name
+from megatron_memory.config.convert import (
+    ValueType,
+    WrongValue,
+    convert,
+    problem_with,
+    value_type_of,
+)
+from megatron_memory.config.flags import PREFIXES, flag_name
 from megatron_memory.config.option import field_docstrings, option_of
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.exceptions import ConfigurationError
@@ -24,8 +30,12 @@ class _Flag:
     text: str
 
     @property
+    def key(self) -> str:
+        return PREFIXES.get(self.component, "") + self.field.name
+
+    @property
     def names(self) -> list[str]:
-        return [flag_name(key) for key in (self.field.name, *option_of(self.field).synonyms)]
+        return [flag_name(key) for key in (self.key, *option_of(self.field).synonyms)]
 
     @property
     def is_switch_with_no(self) -> bool:
@@ -53,16 +63,19 @@ def parse_command(request: type[T], argv: Sequence[str], *, usage: str, epilog: 
     settings: dict[str, dict[str, Any]] = {flag.component: {} for flag in flags}
     problems = []
     for flag in flags:
-        raw = getattr(given, flag.field.name)
+        raw = getattr(given, flag.key)
         if raw is None:
             if flag.field.default is dataclasses.MISSING:
                 problems.append(f"{flag.names[0]} is required: {flag.text}")
             continue
         try:
             value = convert(flag.value_type, flag.value_type.optional, raw)
-            settings[flag.component][flag.field.name] = value
         except WrongValue as wrong:
             problems.append(f"{flag.names[0]} is {raw!r}, but expects {wrong}.")
+            continue
+        settings[flag.component][flag.field.name] = value
+        problem = problem_with(flag.names[0], value, flag.value_type, option_of(flag.field))
+        problems += [] if problem is None else [problem]
     raise_problems(problems)
     types = typing.get_type_hints(request)
     return request(**{name: types[name](**values) for name, values in settings.items()})
@@ -101,7 +114,7 @@ def _parser(request: type, flags: list[_Flag], usage: str, epilog: str) -> _Pars
         for component, title in field_docstrings(request).items()
     }
     for flag in flags:
-        options: dict[str, Any] = dict(dest=flag.field.name, default=None, help=_help(flag))
+        options: dict[str, Any] = dict(dest=flag.key, default=None, help=_help(flag))
         if flag.value_type.kind == "bool":
             switch = argparse.BooleanOptionalAction if flag.is_switch_with_no else "store_true"
             options |= dict(action=switch)

@@ -16,7 +16,8 @@ from megatron_memory.config.convert import ValueType, value_type_of
 from megatron_memory.config.option import Option, field_docstrings, option_of
 from megatron_memory.config.schema import Config
 
-_PREFIXES = {"memory": "memory_"}
+PREFIXES = {"memory": "memory_"}
+"""Of a component's flags."""
 
 _USAGE = "torchrun --nproc-per-node N -m megatron_memory.train [--config FILE.yaml] [--flags]"
 _EPILOG = """\
@@ -100,7 +101,7 @@ def all_flags() -> Mapping[str, Flag]:
         hints = typing.get_type_hints(component_type)
         docstrings = field_docstrings(component_type)
         for field in dataclasses.fields(component_type):
-            key = _PREFIXES.get(component, "") + field.name
+            key = PREFIXES.get(component, "") + field.name
             assert key not in flags, f"two fields are called {key}"
             flags[key] = Flag(
                 key=key,

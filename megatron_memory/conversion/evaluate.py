@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,15 +13,22 @@ from megatron_memory.conversion.hf import load_for_evaluation
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.data.tokenizers import padded_vocab_size
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.memory.layer import MemoryLayer
+from megatron_memory.memory.routing import Route
 from megatron_memory.model.full_weights import load_full_weights
 from megatron_memory.model.gpt import MemoryGPTModel, build_model
-from megatron_memory.runtime import select_backend
+from megatron_memory.runtime import Backend, select_backend
 from megatron_memory.runtime.distributed import initialize_distributed, shutdown_distributed
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.loader import load_weights, locate, read_common
 
+OnRoute = Callable[[int, Route], None]
+"""Is told where a memory layer, counted from 0, reads."""
 
-def state_logits(state: SavedState, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+
+def state_logits(
+    state: SavedState, dtype: torch.dtype, tokens: Tensor, on_route: OnRoute | None = None
+) -> Tensor:
     """Of our model with a state's weights, rounded to `dtype`: [sequences, length, vocabulary]."""
     with _model_of(state.config, state.vocab_size) as (model, padded):
         weights = {
@@ -29,7 +36,18 @@ def state_logits(state: SavedState, dtype: torch.dtype, tokens: Tensor) -> Tenso
             for name, tensor in state.exact_weights.items()
         }
         load_full_weights(model, weights)
+        if on_route is not None:
+            _observe(model, on_route)
         return _logits(model, tokens, state.vocab_size)
+
+
+def _observe(model: MemoryGPTModel, on_route: OnRoute) -> None:
+    for layer in model.memory_layers():
+
+        def hook(router, inputs, route: Route, layer: MemoryLayer = layer) -> None:
+            on_route(layer.layer_number - 1, route)
+
+        layer.router.register_forward_hook(hook)
 
 
 def megatron_logits(load: Path, tokens: Tensor) -> Tensor:
@@ -40,7 +58,7 @@ def megatron_logits(load: Path, tokens: Tensor) -> Tensor:
         raise CheckpointError(f"{load}: holds no checkpoint with its config.yaml")
     vocab_size = read_common(folder)["vocab_size"]
     with _model_of(config, vocab_size) as (model, _):
-        load_weights([model], _on_one_rank(config), vocab_size, folder)
+        load_weights([model], on_one_rank(config), vocab_size, folder)
         return _logits(model, tokens, vocab_size)
 
 
@@ -58,7 +76,8 @@ def _is_padded(name: str) -> bool:
     return name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def _on_one_rank(config: Config) -> Config:
+def on_one_rank(config: Config) -> Config:
+    """The same model in fp32, of megatron-core's local layers, on one CPU process."""
     replace = dataclasses.replace
     return replace(
         config,
@@ -73,12 +92,20 @@ def _on_one_rank(config: Config) -> Config:
 @contextlib.contextmanager
 def _model_of(config: Config, vocab_size: int) -> Iterator[tuple[MemoryGPTModel, int]]:
     """An fp32 model on this process, and the rows of its embedding."""
-    backend, config = select_backend("cpu"), _on_one_rank(config)
+    config = on_one_rank(config)
     padded = padded_vocab_size(vocab_size, config.data.make_vocab_size_divisible_by, 1)
-    initialize_distributed(config, backend)
-    try:
+    with one_process(config) as backend:
         (model,) = build_model(config, backend, padded)
         yield model.eval(), padded
+
+
+@contextlib.contextmanager
+def one_process(config: Config) -> Iterator[Backend]:
+    """Megatron's groups of this process alone."""
+    backend = select_backend("cpu")
+    initialize_distributed(on_one_rank(config), backend)
+    try:
+        yield backend
     finally:
         shutdown_distributed()
 

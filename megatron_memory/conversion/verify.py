@@ -123,11 +123,15 @@ def compare_logits(
     generator = torch.Generator().manual_seed(_SEED)
     tokens = torch.randint(0, state.vocab_size, (2, length), generator=generator)
     one = _logits_of(source, load, state, dtype)(tokens)
-    another = _logits_of(target, save, None, dtype)(tokens)
+    return logits_report(one, _logits_of(target, save, None, dtype)(tokens))
+
+
+def logits_report(one: Tensor, another: Tensor) -> LogitsReport:
+    """Two models' logits on the same tokens, [..., vocabulary] each."""
     return LogitsReport(
         largest_difference=(one - another).abs().max().item(),
         largest_logit=one.abs().max().item(),
-        num_tokens=tokens.numel(),
+        num_tokens=one[..., 0].numel(),
         num_agreeing=int((one.argmax(-1) == another.argmax(-1)).sum()),
     )
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from megatron_memory.memory import initialization
-from megatron_memory.memory.initialization import init_keys_, init_table_columns_
+from megatron_memory.memory.initialization import (
+    FreshColumns,
+    init_keys_,
+    init_table_columns_,
+)
 
 ROWS = 50
 
@@ -42,6 +46,15 @@ def test_a_table_in_row_chunks_has_the_same_values(rows: int, monkeypatch):
     chunks = [torch.full_like(part, float("nan")) for part in whole.split(rows)]
     init_table_columns_(chunks, std=1.0, first_column=5, seed=1234, table_number=0)
     assert torch.equal(torch.cat(chunks), whole)
+
+
+def test_columns_read_a_few_rows_at_a_time_are_the_same(monkeypatch):
+    """In order, again from the start, and with rows left out, more than are skipped at once."""
+    monkeypatch.setattr(initialization, "_ROWS_SKIPPED", 3)
+    whole = table_slice(5, 48)
+    columns = FreshColumns(std=1.0, first_column=5, last_column=53, seed=1234, table_number=0)
+    for begin, end in ((0, 1), (1, 20), (20, ROWS), (0, 7), (15, 15), (30, 31)):
+        assert torch.equal(columns.read_rows(begin, end), whole[begin:end])
 
 
 def test_values_are_normal_with_the_given_deviation():
