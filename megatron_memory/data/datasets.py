@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from megatron_memory.data.cached_datasets import (
     TokenDatasetConfig,
 )
 from megatron_memory.data.index_files import check_indexed_dataset, index_fingerprint
+from megatron_memory.data.indexed.manifest import tokenizer_warning
 from megatron_memory.data.node_order import node_leaders_first, on_node_leaders
 from megatron_memory.data.plan import plan_splits
+from megatron_memory.data.tokenizer_hash import hash_of
 from megatron_memory.data.tokenizers import end_of_document
 from megatron_memory.exceptions import DataError
 
@@ -39,8 +41,8 @@ class Datasets:
     test: Samples | None
     """None as for `valid`."""
     summary: tuple[str, ...]
-    """What the files hold and how far each split goes, a line each; only on each node's first
-    rank, empty on the others."""
+    """What the files hold, how far each split goes, and warnings, a line each; only on each node's
+    first rank, empty on the others."""
 
 
 def build_datasets(
@@ -103,7 +105,8 @@ def build_datasets(
     def check() -> tuple[str, ...]:
         summaries = {prefix: check_indexed_dataset(prefix) for prefix in sources.prefixes()}
         plans = plan_splits(sources, summaries, seq_length=seq_length, num_samples=num_samples)
-        return (*map(str, summaries.values()), *map(str, plans))
+        warnings = _tokenizer_warnings(sources.prefixes(), tokenizer)
+        return (*map(str, summaries.values()), *map(str, plans), *warnings)
 
     def build() -> Datasets:
         config = _dataset_config(
@@ -123,6 +126,14 @@ def build_datasets(
 
     summary = on_node_leaders(check, group) or ()
     return node_leaders_first(build, group)
+
+
+def _tokenizer_warnings(prefixes: Iterable[str], tokenizer: MegatronTokenizerBase) -> list[str]:
+    if tokenizer.library == "null":
+        return []  # Plain numbers, in place of a tokenizer that the run does not need.
+    found = hash_of(tokenizer)
+    warnings = (tokenizer_warning(prefix, found) for prefix in prefixes)
+    return [warning for warning in warnings if warning is not None]
 
 
 def _dataset_config(sources: DataSources, **options: Any) -> TokenDatasetConfig:

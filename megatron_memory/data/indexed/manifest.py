@@ -32,3 +32,25 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("tokenizer", {}), dict):
         raise DataError(f"{path}: not a manifest. Remove it, or preprocess again")
     return manifest
+
+
+def tokenizer_warning(prefix: str, tokenizer_hash: str) -> str | None:
+    """What to say where a pair was made with another tokenizer than the one that is to read it.
+
+    Args:
+        prefix: of the pair.
+        tokenizer_hash: of the reading tokenizer (`tokenizer_hash.hash_of`).
+    """
+    try:
+        manifest = read_manifest(prefix)
+    # A pair is as good without a manifest.
+    except DataError as error:
+        return f"warning: {error}"
+    made_with = (manifest or {}).get("tokenizer", {})
+    if made_with.get("hash") in (None, tokenizer_hash):
+        return None
+    return (
+        f"warning: {prefix} was made with another tokenizer ({made_with.get('type')} "
+        f"{made_with.get('model')}, {made_with.get('vocab_size')} entries) than this run's: its "
+        "tokens mean something else. Preprocess it with this run's --tokenizer-model"
+    )
