@@ -43,6 +43,9 @@ class DecoderNames:
     """Whether rotary embeddings turn adjacent pairs of channels, not the two halves."""
 
 
+MEMORY_TABLES = {"pkm": ("values",), "memory+": ("values",), "peer": ("values_u", "values_v")}
+"""The tables of a pool, by the memory's variant."""
+
 MemoryRules = Callable[[Config, int], Iterator[Rule]]
 """(configuration, layer) to the rules of a memory layer, without its norm."""
 
@@ -105,6 +108,17 @@ def decoder_rules(config: Config, names: DecoderNames, of_memory: MemoryRules) -
 def memory_prefix(config: Config, layer: int) -> str:
     """What our names of a memory layer's own tensors begin with."""
     return f"decoder.layers.{layer}.mlp." + ("memory." if config.memory.beside_mlp else "")
+
+
+def memory_linear_layers(config: Config) -> set[str]:
+    """The linear layers of a memory layer, by our names."""
+    memory = config.memory
+    projects = memory.variant == "memory+" or (
+        memory.variant == "pkm" and memory.value_dim != config.model.hidden_size
+    )
+    layers = {"router.query"} | ({"linear_fc2"} if projects else set())
+    layers |= {"linear_fc1"} if memory.variant == "memory+" else set()
+    return layers | ({"gate"} if memory.gated else set())
 
 
 def _attention_rules(config: Config, names: DecoderNames, ours: str, theirs: str) -> Iterator[Rule]:

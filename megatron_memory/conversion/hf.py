@@ -1,7 +1,7 @@
 """Models in Hugging Face's format: a folder with config.json, weights and a tokenizer."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from megatron_memory.config import (
     Config,
     DataConfig,
+    MemoryConfig,
     OptimizerSettings,
     PrecisionConfig,
     TrainingConfig,
@@ -25,6 +26,18 @@ from megatron_memory.conversion.hf_families import (
     family_for,
     model_of,
     values_of,
+)
+from megatron_memory.conversion.hf_memory import (
+    MODEL_TYPE,
+    copy_code,
+    cut_tables,
+    join_tables,
+    max_chunk_elements,
+    memory_family,
+    memory_of,
+    memory_rules,
+    memory_values,
+    register,
 )
 from megatron_memory.conversion.rules import Rule, to_ours, to_theirs
 from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
@@ -44,11 +57,7 @@ def hf_rules(config: Config) -> list[Rule]:
         CheckpointError: no Llama-like model is the same.
     """
     check_is_like_llama(config, "hf")
-    return list(decoder_rules(config, NAMES, _no_memory))
-
-
-def _no_memory(config: Config, layer: int) -> Iterator[Rule]:
-    raise NotImplementedError
+    return list(decoder_rules(config, NAMES, memory_rules))
 
 
 def read_hf(load: Path) -> SavedState:
@@ -58,17 +67,13 @@ def read_hf(load: Path) -> SavedState:
         CheckpointError: it is damaged, of an unknown family, or a setting has no equal here.
     """
     values = read_config(load)
-    family = FAMILIES.get(values.get("model_type", ""))
-    if family is None:
-        raise CheckpointError(
-            f"{load / CONFIG}: model_type {values.get('model_type')!r} is none of those that are "
-            f"read: {', '.join(FAMILIES)}"
-        )
+    family = _family_called(values, load)
     stored = {n: t for n, t in read_weight_files(load).items() if not n.endswith(_BUFFERS)}
     values = _with_defaults(values)
     config, notes = config_of(family, values, stored, load)
     rules = hf_rules(config)
-    weights = to_ours(rules, _without_tied_output(config, stored), load)
+    stored = join_tables(_without_tied_output(config, stored), config, load)
+    weights = to_ours(rules, stored, load)
     vocab_size = values["vocab_size"]
     check_shapes(config, vocab_size, weights, load)
     return SavedState(
@@ -80,13 +85,25 @@ def read_hf(load: Path) -> SavedState:
     )
 
 
+def _family_called(values: Mapping[str, Any], load: Path) -> Family:
+    model_type = values.get("model_type")
+    if model_type == MODEL_TYPE:
+        return memory_family(bool(values.get("qk_norm")))
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{load / CONFIG}: model_type {model_type!r} is none of those that are read: "
+            f"{', '.join([*FAMILIES, MODEL_TYPE])}"
+        )
+    return FAMILIES[model_type]
+
+
 def read_hf_back(save: Path, config: Config) -> Tensors:
     """The weights that `write_hf` wrote, by the rules that they were written with.
 
     Raises:
         CheckpointError: something is missing, left over or damaged.
     """
-    return to_ours(hf_rules(config), read_weight_files(save), save)
+    return to_ours(hf_rules(config), join_tables(read_weight_files(save), config, save), save)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -108,6 +125,7 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """What config.json leaves out is the default of transformers' own class, which knows it."""
     from transformers import CONFIG_MAPPING
 
+    register()
     defaults = CONFIG_MAPPING[values["model_type"]]().to_dict()
     # Its defaults for a few entries follow from others, of which those here are not the model's.
     for name in ("head_dim", "num_key_value_heads", "layer_types", "rope_parameters"):
@@ -127,6 +145,7 @@ def config_of(
         model, notes = model_of(family, values)
         config = Config(
             model=model,
+            memory=memory_of(values) if family.model_type == MODEL_TYPE else MemoryConfig(),
             precision=PrecisionConfig(bf16=_all_bf16(stored)),
             # Of its training nothing is known; a run's own flags say it.
             optimizer=OptimizerSettings(lr=0.0),
@@ -183,6 +202,11 @@ def write_hf(
     tensors = {n: t.to(dtype or t.dtype) for n, t in to_theirs(rules, weights, "the model").items()}
     kind = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     values = values_of(family, state.config.model, state.vocab_size, kind)
+    if state.config.memory.enabled:
+        tensors = cut_tables(tensors, max_shard_bytes)
+        limit = max_chunk_elements(max_shard_bytes, getattr(torch, kind))
+        values |= memory_values(state.config) | {"memory_max_chunk_elements": limit}
+        copy_code(folder)
     _write_json(folder / CONFIG, values | _special_tokens(state))
     _write_json(folder / "generation_config.json", _special_tokens(state))
     write_weight_files(folder, tensors, max_shard_bytes)
@@ -199,6 +223,7 @@ def load_for_evaluation(load: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    register()
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -210,6 +235,13 @@ def load_for_evaluation(load: Path) -> torch.nn.Module:
 
 
 def _family(state: SavedState, model_type: str | None) -> Family:
+    if state.config.memory.enabled:
+        if model_type not in (None, MODEL_TYPE):
+            raise ConfigurationError(
+                f"--hf-model-type {model_type}: the model has memory layers, which only "
+                f"{MODEL_TYPE} has. Leave the flag out"
+            )
+        return memory_family(state.config.model.qk_layernorm)
     if model_type is None:
         return family_for(state.config.model)
     if model_type not in FAMILIES:
@@ -227,6 +259,7 @@ def _special_tokens(state: SavedState) -> dict[str, Any]:
         return tokens
     from transformers import AutoTokenizer
 
+    register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(state.tokenizer), local_files_only=True)
     # transformers raises nearly anything on a damaged file.

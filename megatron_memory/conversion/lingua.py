@@ -20,9 +20,11 @@ from megatron_memory.config import Config
 from megatron_memory.config.pools import memory_pools
 from megatron_memory.conversion.dcp_files import StoredTensors, write_dcp
 from megatron_memory.conversion.decoder import (
+    MEMORY_TABLES,
     DecoderNames,
     check_is_like_llama,
     decoder_rules,
+    memory_linear_layers,
     memory_prefix,
 )
 from megatron_memory.conversion.lazy import from_memory
@@ -63,7 +65,6 @@ _LINEAR = {
     "linear_fc2": "value_proj",
     "gate": "gating",
 }
-_TABLES = {"pkm": ("values",), "memory+": ("values",), "peer": ("values_u", "values_v")}
 
 
 def lingua_rules(config: Config) -> list[Rule]:
@@ -106,25 +107,14 @@ def _memory_rules(config: Config, layer: int) -> Iterator[Rule]:
         split=lambda keys: [keys.reshape(-1, shape[-1])],
     )
     for our_name, their_name in _LINEAR.items():
-        if our_name in _linear_layers(config):
+        if our_name in memory_linear_layers(config):
             for kind in ("weight", "bias"):
                 yield same(f"{ours}{our_name}.{kind}", f"{theirs}{their_name}.{kind}")
     for pool in memory_pools(config):
         if pool.layers[0] == layer:
-            for table in _TABLES[memory.variant]:
+            for table in MEMORY_TABLES[memory.variant]:
                 names = [f"layers.{reader}.feed_forward.{table}.weight" for reader in pool.layers]
                 yield same(f"memory.{pool.name}.{table}.weight", *names)
-
-
-def _linear_layers(config: Config) -> set[str]:
-    memory = config.memory
-    layers = {"router.query"}
-    projects = memory.variant == "memory+" or (
-        memory.variant == "pkm" and memory.value_dim != config.model.hidden_size
-    )
-    layers |= {"linear_fc2"} if projects else set()
-    layers |= {"linear_fc1"} if memory.variant == "memory+" else set()
-    return layers | ({"gate"} if memory.gated else set())
 
 
 def read_lingua_back(save: Path, config: Config) -> tuple[Tensors, dict[str, Tensors]]:

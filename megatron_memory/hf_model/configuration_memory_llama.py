@@ -15,7 +15,8 @@ class MemoryLlamaConfig(LlamaConfig):
     A table of values has N * N rows, N the number of half-keys.
 
     Args:
-        qkv_bias: biases of the attention's query, key and value projections, as in Qwen2.
+        qkv_bias: biases of the attention's query, key and value projections alone, as in Qwen2;
+            `attention_bias` has them in the output projection, too.
         qk_norm: an RMSNorm of each attention head's query and key, as in Qwen3.
         memory_layers: layers with a memory, counted from 0.
         memory_variant: "pkm", the weighted sum of values itself; "memory+", gated by silu of a
@@ -120,20 +121,13 @@ class MemoryLlamaConfig(LlamaConfig):
 
     def memory_chunk_rows(self):
         """The rows of each of a table's parameters, in order; only the last may have fewer."""
-        num_rows = self.memory_num_half_keys**2
-        most = max(1, self.memory_max_chunk_elements // self.memory_value_dim)
-        rows = -(-num_rows // -(-num_rows // most))
-        return [min(rows, num_rows - first) for first in range(0, num_rows, rows)]
+        return chunk_rows(
+            self.memory_num_half_keys**2, self.memory_value_dim, self.memory_max_chunk_elements
+        )
 
     def _check(self):
         _check_choice("memory_variant", self.memory_variant, _VARIANTS)
         _check_choice("memory_share_scope", self.memory_share_scope, _SHARE_SCOPES)
-        if self.attention_bias or self.mlp_bias or self.hidden_act != "silu":
-            raise ValueError(
-                f"attention_bias={self.attention_bias}, mlp_bias={self.mlp_bias}, "
-                f"hidden_act={self.hidden_act!r}: False, False and 'silu' wanted; qkv_bias gives "
-                "biases to query, key and value."
-            )
         layers = self.memory_layers
         if len(set(layers)) != len(layers) or set(layers) - set(range(self.num_hidden_layers)):
             raise ValueError(
@@ -162,6 +156,13 @@ class MemoryLlamaConfig(LlamaConfig):
                 f"memory_value_dim={self.memory_value_dim} differs from "
                 f"hidden_size={self.hidden_size}: peer multiplies rows by the layer's input."
             )
+
+
+def chunk_rows(num_rows, width, max_elements):
+    """The rows of each parameter of a table, as even as can be; only the last may have fewer."""
+    most = max(1, max_elements // width)
+    rows = -(-num_rows // -(-num_rows // most))
+    return [min(rows, num_rows - first) for first in range(0, num_rows, rows)]
 
 
 def _check_choice(name, value, choices):

@@ -181,7 +181,6 @@ def test_half_precision_runs_and_learns(tokens):
         ({"memory_key_dim": 7}, "memory_key_dim"),
         ({"memory_variant": "peer", "memory_value_dim": 16}, "memory_value_dim"),
         ({"memory_share_scope": "stage", "memory_share_groups": [[1]]}, "memory_share_groups"),
-        ({"mlp_bias": True}, "mlp_bias"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, named):
