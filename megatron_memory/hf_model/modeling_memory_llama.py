@@ -47,28 +47,34 @@ class MemoryTable(nn.Module):
 
     def weighted_sum(self, indices, weights):
         """y[t] = sum over b of weights[t, b] * row indices[t, b]: [T, B] each to [T, D]."""
-        y = None
+        parts = []
         for chunk, here, first_row in self._reads(indices):
             counts = here.sum(dim=1)
-            offsets = counts.cumsum(0) - counts
-            part = chunk(_sum_rows, indices[here] - first_row, offsets, weights[here])
-            y = part if y is None else y + part
-        return y
+            bags = indices[here] - first_row, counts.cumsum(0) - counts
+            parts.append(chunk(_sum_rows, *bags, weights[here]))
+        return sum(parts[1:], parts[0])
 
     def row_dot(self, indices, x):
         """h[t, b] = x[t] . row indices[t, b], in fp32: [T, B] and [T, D] to [T, B]."""
-        h = x.new_zeros(indices.shape, dtype=torch.float32)
+        size = max(1, _MAX_GATHERED_ELEMENTS // (indices.shape[1] * self.width))
+        # Without the checkpoint, backward would keep all gathered rows.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        pieces = zip(indices.split(size), x.split(size), strict=True)
+        return torch.cat([checkpoint(self._dot_gathered, *piece, **options) for piece in pieces])
+
+    def _dot_gathered(self, indices, x):
+        return torch.bmm(self._gather(indices).float(), x.float().unsqueeze(-1)).squeeze(-1)
+
+    def _gather(self, indices):
+        """The rows [T, B, D] that indices [T, B] name."""
+        if len(self.chunks) == 1:
+            return self.chunks[0](_take_rows, indices)
+        parts, places = [], []
         for chunk, here, first_row in self._reads(indices):
-            tokens, slots = here.nonzero(as_tuple=True)
-            size = max(1, _MAX_GATHERED_ELEMENTS // self.width)
-            pieces = zip(tokens.split(size), slots.split(size), strict=True)
-            # Without the checkpoint, backward would keep all gathered rows.
-            products = [
-                checkpoint(chunk, _dot_rows, indices[t, s] - first_row, x[t], use_reentrant=False)
-                for t, s in pieces
-            ]
-            h = h.index_put((tokens, slots), torch.cat(products))
-        return h
+            parts.append(chunk(_take_rows, indices[here] - first_row))
+            places.append(here.flatten().nonzero().squeeze(-1))
+        in_order = torch.cat(parts)[torch.cat(places).argsort()]
+        return in_order.view(*indices.shape, self.width)
 
     def _reads(self, indices):
         """For each chunk: it, the reads [T, B] that fall to it, and its first row."""
@@ -84,8 +90,8 @@ def _sum_rows(table, indices, offsets, weights):
     )
 
 
-def _dot_rows(table, indices, x):
-    return (F.embedding(indices, table).float() * x.float()).sum(dim=-1)
+def _take_rows(table, indices):
+    return F.embedding(indices, table)
 
 
 class PoolTables(nn.Module):
