@@ -48,6 +48,15 @@ from megatron_memory.exceptions import CheckpointError, ConfigurationError
 CONFIG = "config.json"
 # Buffers that older versions of transformers saved: they follow from the configuration.
 _BUFFERS = ("rotary_emb.inv_freq",)
+# Settings whose defaults follow from others.
+_FOLLOWING = (
+    "head_dim",
+    "num_key_value_heads",
+    "layer_types",
+    "rope_parameters",
+    "memory_key_dim",
+    "memory_value_dim",
+)
 
 
 def hf_rules(config: Config) -> list[Rule]:
@@ -128,7 +137,7 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     register()
     defaults = CONFIG_MAPPING[values["model_type"]]().to_dict()
     # Its defaults for a few entries follow from others, of which those here are not the model's.
-    for name in ("head_dim", "num_key_value_heads", "layer_types", "rope_parameters"):
+    for name in _FOLLOWING:
         defaults.pop(name, None)
     return defaults | values
 

@@ -213,12 +213,13 @@ def memory_of(values: Mapping[str, Any]) -> MemoryConfig:
 
     Raises:
         KeyError, TypeError, ValueError: a setting is missing, or of another kind.
+        ConfigurationError: it has a value that is not allowed.
     """
     groups = values["memory_share_groups"]
     return MemoryConfig(
         layers=",".join(str(int(layer)) for layer in values["memory_layers"]) or None,
         share_groups=groups and ";".join(",".join(map(str, map(int, g))) for g in groups),
-        **{name: values[f"memory_{name}"] for name in _SETTINGS},
+        **{name: values.get(f"memory_{name}") for name in _SETTINGS},
     )
 
 
