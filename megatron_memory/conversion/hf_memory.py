@@ -216,10 +216,12 @@ def memory_of(values: Mapping[str, Any]) -> MemoryConfig:
         ConfigurationError: it has a value that is not allowed.
     """
     groups = values["memory_share_groups"]
+    named = {name: f"memory_{name}" for name in _SETTINGS}
+    settings: dict[str, Any] = {o: values[t] for o, t in named.items() if t in values}
     return MemoryConfig(
         layers=",".join(str(int(layer)) for layer in values["memory_layers"]) or None,
         share_groups=groups and ";".join(",".join(map(str, map(int, g))) for g in groups),
-        **{name: values.get(f"memory_{name}") for name in _SETTINGS},
+        **settings,
     )
 
 

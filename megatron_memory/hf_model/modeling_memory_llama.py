@@ -57,10 +57,10 @@ class MemoryTable(nn.Module):
     def row_dot(self, indices, x):
         """h[t, b] = x[t] . row indices[t, b], in fp32: [T, B] and [T, D] to [T, B]."""
         size = max(1, _MAX_GATHERED_ELEMENTS // (indices.shape[1] * self.width))
-        # Without the checkpoint, backward would keep all gathered rows.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
         pieces = zip(indices.split(size), x.split(size), strict=True)
-        return torch.cat([checkpoint(self._dot_gathered, *piece, **options) for piece in pieces])
+        # Without the checkpoint, backward would keep all gathered rows.
+        dots = [checkpoint(self._dot_gathered, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(dots)
 
     def _dot_gathered(self, indices, x):
         return torch.bmm(self._gather(indices).float(), x.float().unsqueeze(-1)).squeeze(-1)
@@ -334,8 +334,7 @@ class MemoryLlamaPreTrainedModel(llama.LlamaPreTrainedModel):
 
     config_class = MemoryLlamaConfig
     _no_split_modules = ["MemoryLlamaDecoderLayer", "TableRows"]
-    # transformers would compile generation with static caches; how many rows are read of each chunk
-    # of a table depends on the tokens.
+    # How many rows are read of each chunk of a table depends on the tokens.
     _can_compile_fullgraph = False
 
     def _init_weights(self, module):
@@ -366,7 +365,6 @@ class MemoryLlamaModel(MemoryLlamaPreTrainedModel, llama.LlamaModel):
     def __init__(self, config):
         # Not LlamaModel's, which would build layers of its own.
         llama.LlamaPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
