@@ -39,7 +39,7 @@ class StoredTensors:
 
     Args:
         folder: with `.metadata` and the files that it names.
-        metadata: what `read_metadata` or `check_whole` said of it.
+        metadata: what `read_metadata` said of it, and `check_stored` found in order.
     """
 
     def __init__(self, folder: Path, metadata: Metadata):
@@ -155,11 +155,12 @@ def write_dcp(folder: Path, tensors: Tensors, objects: dict[str, Any] | None = N
 
 
 def _reason(failed: dcp.CheckpointException) -> BaseException:
-    """torch wraps what went wrong on each rank; here there is one."""
-    for cause, _ in failed.failures.values():
-        if isinstance(cause, CheckpointError | OSError):
-            return cause
-    return CheckpointError(f"the checkpoint could not be written: {failed}")
+    """torch wraps what went wrong on each rank; here there is one, and what it met first counts."""
+    ((cause, _),) = failed.failures.values()
+    first: BaseException | None = cause
+    while first is not None and not isinstance(first, CheckpointError | OSError):
+        first = first.__cause__ or first.__context__
+    return first or CheckpointError(f"it cannot be written: {type(cause).__name__}: {cause}")
 
 
 class _Planner(SavePlanner):

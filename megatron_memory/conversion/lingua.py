@@ -34,7 +34,7 @@ from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twi
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import read_metadata
+from megatron_memory.training.checkpoint.integrity import check_stored, read_metadata
 
 PARAMS = "params.json"
 CONSOLIDATED = "consolidated.pth"
@@ -184,7 +184,9 @@ def _stored(folder: Path) -> Tensors:
     """All tensors, as in the sharded files: model.*, optim.*."""
     path = folder / CONSOLIDATED
     if not path.is_file():
-        return StoredTensors(folder, read_metadata(folder)).tensors()
+        metadata = read_metadata(folder)
+        check_stored(folder, metadata)
+        return StoredTensors(folder, metadata).tensors()
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # Without the optimizer's part it is the model's tensors themselves.

@@ -155,4 +155,4 @@ def _write_file(path: Path, tensors: Tensors) -> None:
         for tensor in tensors.values():
             for begin, end in tensor.blocks():
                 rows = tensor.read_rows(begin, end).contiguous()
-                rows.flatten().view(torch.uint8).numpy().tofile(file)
+                file.write(rows.flatten().view(torch.uint8).numpy().data)

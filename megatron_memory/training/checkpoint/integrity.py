@@ -8,9 +8,11 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_memory.exceptions import CheckpointError
@@ -100,6 +102,16 @@ def check_whole(folder: Path) -> Metadata:
     if not zipfile.is_zipfile(folder / "common.pt"):
         raise CheckpointError(f"{folder / 'common.pt'} is damaged or truncated")
     metadata = read_metadata(folder)
+    check_stored(folder, metadata)
+    return metadata
+
+
+def check_stored(folder: Path, metadata: Metadata) -> None:
+    """That a list of tensors makes sense, and that the files it names have all of them.
+
+    Raises:
+        CheckpointError: what is damaged, missing or truncated.
+    """
     for name, end in _lengths(metadata, folder).items():
         file = folder / name
         if not file.is_file():
@@ -107,7 +119,6 @@ def check_whole(folder: Path) -> Metadata:
         size = file.stat().st_size
         if size < end:
             raise CheckpointError(f"{file} is truncated: {size} bytes of at least {end}")
-    return metadata
 
 
 def _lengths(metadata: Metadata, folder: Path) -> dict[str, int]:
@@ -118,11 +129,35 @@ def _lengths(metadata: Metadata, folder: Path) -> dict[str, int]:
             name, end = stored.relative_path, int(stored.offset + stored.length)
             if Path(name).name != name:
                 raise ValueError(f"it names a file outside of the checkpoint, {name!r}")
+            if not 0 <= stored.offset <= end:
+                raise ValueError(f"a place in {name} from {stored.offset} to {end}")
             lengths[name] = max(lengths.get(name, 0), end)
-        tensor_shapes(metadata)
+        _check_tensors(metadata)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / METADATA_FILE} is damaged: {error}") from error
     return lengths
+
+
+def _check_tensors(metadata: Metadata) -> None:
+    """Every attribute that a reader uses; a damaged pickle makes objects that lack some."""
+    for key, stored in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise TypeError(f"a tensor's name is {key!r}")
+        if not isinstance(stored, TensorStorageMetadata):
+            continue
+        if not isinstance(stored.properties.dtype, torch.dtype):
+            raise TypeError(f"{key} is of type {stored.properties.dtype!r}")
+        _check_sizes(key, stored.size, stored.size)
+        for chunk in stored.chunks:
+            _check_sizes(key, chunk.sizes, stored.size)
+            _check_sizes(key, chunk.offsets, stored.size)
+
+
+def _check_sizes(key: str, sizes: Sequence[int], whole: Sequence[int]) -> None:
+    if len(sizes) != len(whole) or not all(isinstance(size, int) for size in (*sizes, *whole)):
+        raise TypeError(f"{key} is cut as {list(sizes)} of {list(whole)}")
+    if not all(0 <= size <= most for size, most in zip(sizes, whole, strict=True)):
+        raise ValueError(f"{key} is cut as {list(sizes)} of {list(whole)}")
 
 
 def _check_format(path: Path) -> None:
