@@ -20,6 +20,7 @@ from megatron_memory.config.problems import raise_problems
 from megatron_memory.exceptions import ConfigurationError
 
 T = TypeVar("T")
+_POSITIONAL = "positional"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,14 @@ class _Flag:
         return self.value_type.kind == "bool" and self.field.default is not False
 
 
-def parse_command(request: type[T], argv: Sequence[str], *, usage: str, epilog: str = "") -> T:
+def parse_command(
+    request: type[T],
+    argv: Sequence[str],
+    *,
+    usage: str,
+    epilog: str = "",
+    positional: str | None = None,
+) -> T:
     """Read a command line; `--help` prints and exits.
 
     Args:
@@ -52,18 +60,25 @@ def parse_command(request: type[T], argv: Sequence[str], *, usage: str, epilog: 
         argv: without the program's name.
         usage: how it is started.
         epilog: what `--help` ends with.
+        positional: a field whose flag may be left out before its value.
 
     Raises:
         ConfigurationError: an unknown flag, or a value that cannot be.
     """
     flags = list(_flags(request))
     parser = _parser(request, flags, usage, epilog)
+    if positional is not None:
+        parser.add_argument(_POSITIONAL, nargs="?", help=argparse.SUPPRESS)
     given, rest = parser.parse_known_args([_with_dashes(word) for word in argv])
     raise_problems(_unknown(word, flags) for word in rest[:1])
     settings: dict[str, dict[str, Any]] = {flag.component: {} for flag in flags}
     problems = []
     for flag in flags:
         raw = getattr(given, flag.key)
+        if flag.key == positional and getattr(given, _POSITIONAL) is not None:
+            if raw is not None:
+                problems.append(f"{flag.names[0]} is given twice, once without its name.")
+            raw = getattr(given, _POSITIONAL)
         if raw is None:
             if flag.field.default is dataclasses.MISSING:
                 problems.append(f"{flag.names[0]} is required: {flag.text}")

@@ -1,0 +1,107 @@
+"""Tensors by the names of a checkpoint's files, also where some are missing or damaged."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_memory.conversion.dcp_files import StoredTensors
+from megatron_memory.conversion.lingua import CONSOLIDATED, _locate, _stored
+from megatron_memory.conversion.options import Format
+from megatron_memory.conversion.safetensors_files import _pickled, _safetensors
+from megatron_memory.conversion.saved_state import Tensors
+from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.integrity import (
+    METADATA_FILE,
+    _lengths,
+    read_metadata,
+)
+from megatron_memory.training.checkpoint.loader import locate
+
+
+def folder_of(load: Path, format_name: Format) -> Path:
+    """The folder with the files of the checkpoint that `load` means: the newest of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if format_name == "lingua" and not (load / CONSOLIDATED).is_file():
+        return _locate(load)
+    # A checkpoint's folder may have been renamed.
+    if format_name == "megatron" and not (load / METADATA_FILE).is_file():
+        folder = locate(load)
+        if folder is None:
+            raise CheckpointError(f"--load {load}: holds no checkpoint. Check the path")
+        return folder
+    return load
+
+
+def read_files(folder: Path, format_name: Format) -> tuple[Tensors, list[str]]:
+    """What is there.
+
+    Returns:
+        tensors by the names that they have there, and what is wrong with the files. Reading a
+        tensor may still find that it is damaged.
+
+    Raises:
+        CheckpointError: the list of tensors cannot be read, or there is no tensor.
+    """
+    return _READ[format_name](folder)
+
+
+def _read_dcp(folder: Path) -> tuple[Tensors, list[str]]:
+    metadata = read_metadata(folder)
+    problems = []
+    for name, length in sorted(_lengths(metadata, folder).items()):
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.stat().st_size < length:
+            size = file.stat().st_size
+            problems.append(f"{file} is truncated: {size} bytes of at least {length}")
+    return StoredTensors(folder, metadata).tensors(), problems
+
+
+def _read_lingua(folder: Path) -> tuple[Tensors, list[str]]:
+    if (folder / CONSOLIDATED).is_file():
+        return _stored(folder), []
+    return _read_dcp(folder)
+
+
+def _read_hf(folder: Path) -> tuple[Tensors, list[str]]:
+    tensors: Tensors = {}
+    problems = []
+    files = dict.fromkeys(sorted(folder.glob("*.safetensors")), _safetensors)
+    pickled = dict.fromkeys(sorted(folder.glob("pytorch_model*.bin")), _pickled)
+    for path, read in (files or pickled).items():
+        try:
+            tensors |= read(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    for index in sorted(folder.glob("*.index.json")):
+        problems += _unlike_index(index, tensors)
+    if not tensors:
+        raise CheckpointError("; ".join(problems) or f"{folder} holds no weights")
+    return tensors, problems
+
+
+def _unlike_index(index: Path, tensors: Tensors) -> Iterator[str]:
+    try:
+        placed = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield f"{index} is damaged: {error!r}"
+        return
+    lost = {str(file) for file in placed.values() if not (index.parent / str(file)).is_file()}
+    for file in sorted(lost):
+        yield f"{index.parent / file} is missing, which {index.name} names"
+    unlike = sorted(str(name) for name in tensors.keys() ^ placed.keys())
+    unlike = [name for name in unlike if placed.get(name) not in lost]
+    if unlike:
+        more = f" and {len(unlike) - 8} more" if len(unlike) > 8 else ""
+        yield f"{index} and its files do not agree on {', '.join(unlike[:8])}{more}"
+
+
+_READ: dict[Format, Callable[[Path], tuple[Tensors, list[str]]]] = {
+    "megatron": _read_dcp,
+    "lingua": _read_lingua,
+    "hf": _read_hf,
+}
