@@ -33,6 +33,9 @@ class IndexSummary:
     num_tokens: int
     sequence_lengths: np.ndarray
     """Tokens of each sequence, [sequences], int32, mapped from the file."""
+    document_bounds: np.ndarray
+    """Number of each document's first sequence, and then of all sequences, [documents + 1], int64,
+    mapped from the file."""
 
     @property
     def num_sequences(self) -> int:
@@ -87,6 +90,7 @@ def check_indexed_dataset(prefix: str) -> IndexSummary:
         num_documents=header.num_bounds - 1,
         num_tokens=num_tokens,
         sequence_lengths=lengths,
+        document_bounds=bounds,
     )
 
 

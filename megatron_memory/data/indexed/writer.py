@@ -7,6 +7,7 @@ end, in pieces: memory does not grow with the output, and a run can go on from a
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from megatron_memory.exceptions import DataError
 
 _CHUNK = 1 << 20
 _BUFFER_BYTES = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,16 @@ def remove_partial(prefix: str) -> None:
     for path in (_partial_bin, _partial_idx, _partial_lengths, _partial_documents):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path(prefix))
+
+
+def write_error(names: str, error: OSError) -> DataError:
+    """What to say of an output that cannot be written."""
+    if error.errno in _DISK_FULL:
+        return DataError(
+            f"{names}: cannot be written: {error.strerror}. Nothing that was there is changed. "
+            "Make room there, or write the output elsewhere"
+        )
+    return DataError(f"{names}: cannot be written ({error})")
 
 
 def write_durably(path: str, text: str) -> None:

@@ -1,20 +1,22 @@
 """The outputs of a run, and how far they have come."""
 
 import contextlib
-import errno
 import time
 from collections.abc import Mapping
 from typing import NoReturn
 
 import numpy as np
 
-from megatron_memory.data.indexed.writer import PairWriter, publish_pair, remove_partial
+from megatron_memory.data.indexed.writer import (
+    PairWriter,
+    publish_pair,
+    remove_partial,
+    write_error,
+)
 from megatron_memory.data.preprocess.encoding import EncodedBlock
 from megatron_memory.data.preprocess.journal import Journal, State
-from megatron_memory.exceptions import DataError
 
 _SECONDS_BETWEEN_RECORDS = 10.0
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Outputs:
@@ -115,13 +117,7 @@ class Outputs:
 
     def _raise_write_error(self, error: OSError) -> NoReturn:
         names = ", ".join(writer.prefix for writer in self._writers.values())
-        if error.errno in _DISK_FULL:
-            raise DataError(
-                f"{names}: cannot be written: {error.strerror}, after {self.num_documents():,} "
-                "documents. Nothing that was there is changed. Make room there, or give another "
-                "--output-prefix"
-            ) from error
-        raise DataError(f"{names}: cannot be written ({error})") from error
+        raise write_error(names, error) from error
 
 
 def finish_publishing(journal: Journal) -> None:

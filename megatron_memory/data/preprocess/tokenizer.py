@@ -10,9 +10,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from megatron_memory.data.preprocess.options import PreprocessOptions
 from megatron_memory.data.tokenizer_hash import PROBE_TEXTS, hash_of, tokenizer_hash
 from megatron_memory.data.tokenizers import (
     build_tokenizer,
@@ -32,12 +31,27 @@ _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _LARGEST_PLAIN = 100_000
 
 
+class TokenizerOptions(Protocol):
+    """The flags that name a tokenizer; `build_tokenizer` says what each means."""
+
+    @property
+    def tokenizer_type(self) -> str: ...
+    @property
+    def tokenizer_model(self) -> str | None: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+    @property
+    def tokenizer_hf_include_special_tokens(self) -> bool: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTokenizer:
     """A tokenizer of any library, as `build_tokenizer` of the same flags has it."""
 
     encode: Callable[[list[str]], list[list[int]]]
     """The ids of each text. Raises the library's own kinds of error on a text that it refuses."""
+    decode: Callable[[list[int]], str]
+    """The text of ids, special tokens in it."""
     vocab_size: int
     eod: int | None
     """The end-of-document id; None where the tokenizer has none."""
@@ -47,7 +61,7 @@ class TextTokenizer:
     """The `tokenizer.json` that says how a text becomes ids, for Hugging Face's fast tokenizers."""
 
 
-def load_text_tokenizer(options: PreprocessOptions) -> TextTokenizer:
+def load_text_tokenizer(options: TokenizerOptions) -> TextTokenizer:
     """Load the tokenizer that the flags name.
 
     Raises:
@@ -64,7 +78,7 @@ def load_text_tokenizer(options: PreprocessOptions) -> TextTokenizer:
     return _load_with_megatron(options)
 
 
-def _load_plain_folder(options: PreprocessOptions) -> TextTokenizer | None:
+def _load_plain_folder(options: TokenizerOptions) -> TextTokenizer | None:
     """A folder whose tokenizer.json is the whole tokenizer; None if it may not be."""
     folder = str(options.tokenizer_model)
     if not os.path.isdir(folder) or options.tokenizer_hf_include_special_tokens:
@@ -128,6 +142,7 @@ def _from_definition(definition: str, named: dict[str, str]) -> TextTokenizer:
     eod = None if end is None else tokenizer.token_to_id(end)
     return TextTokenizer(
         encode=encode,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         vocab_size=vocab_size,
         eod=eod,
         hash=tokenizer_hash(
@@ -140,7 +155,7 @@ def _from_definition(definition: str, named: dict[str, str]) -> TextTokenizer:
     )
 
 
-def _load_with_transformers(options: PreprocessOptions) -> TextTokenizer:
+def _load_with_transformers(options: TokenizerOptions) -> TextTokenizer:
     with _without_torch():
         from transformers import AutoTokenizer
     try:
@@ -159,6 +174,7 @@ def _load_with_transformers(options: PreprocessOptions) -> TextTokenizer:
     plain = tokenizer.is_fast and not adds_special_tokens
     return TextTokenizer(
         encode=_transformers_encoder(tokenizer, adds_special_tokens),
+        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
         vocab_size=len(tokenizer),
         eod=eod,
         hash=tokenizer_hash(
@@ -221,7 +237,7 @@ def _transformers_encoder(
     return batched if agrees else one_by_one
 
 
-def _load_with_megatron(options: PreprocessOptions) -> TextTokenizer:
+def _load_with_megatron(options: TokenizerOptions) -> TextTokenizer:
     from megatron_memory.runtime import prepare_megatron
 
     prepare_megatron()
@@ -234,6 +250,7 @@ def _load_with_megatron(options: PreprocessOptions) -> TextTokenizer:
         eod = None
     return TextTokenizer(
         encode=lambda texts: [list(tokenizer.tokenize(text)) for text in texts],
+        decode=tokenizer.detokenize,
         vocab_size=int(tokenizer.vocab_size),
         eod=eod,
         hash=hash_of(tokenizer),

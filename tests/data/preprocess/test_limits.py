@@ -190,7 +190,7 @@ def test_a_full_disk(tmp_path, kibibytes, workers):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "cannot be written: No space left on device, after" in done.stderr
+    assert "cannot be written: No space left on device." in done.stderr
     assert "Nothing that was there is changed" in done.stderr
     # The smaller disk is full before anything is recorded: nothing is kept.
     assert ("--resume goes on from there" in done.stderr) == (kibibytes == "44")
