@@ -1,13 +1,19 @@
 """What growth is made of, against its definitions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from megatron_memory.conversion import lazy
+from megatron_memory.conversion.dcp_files import write_dcp
 from megatron_memory.conversion.growth.add import largest_first_update
 from megatron_memory.conversion.growth.half_keys import _turned, stretched_table
-from megatron_memory.conversion.lazy import from_memory
+from megatron_memory.conversion.lazy import LazyTensor, from_memory
+from megatron_memory.memory.initialization import FreshColumns
 from megatron_memory.runtime.adam import FusedAdam
 from memory_kernels import product_key_topk
+from tests.memory_growth import growth
 
 
 @pytest.mark.parametrize("copies", [2, 4])
@@ -23,6 +29,19 @@ def test_rows_of_a_stretched_table_are_their_pairs_rows(copies: int):
     expected = parents * torch.where(is_old, 1, 0.5)[:, None]
     for begin, end in ((0, grown**2), (1, 2), (grown - 1, 3 * grown + 1), (7, grown**2 - 1)):
         assert torch.equal(stretched.read_rows(begin, end), expected[begin:end])
+
+
+def test_a_table_grows_in_memory_of_a_block(tmp_path: Path, monkeypatch):
+    """64 MiB are written in blocks of 2 MiB, each read, copied and serialised: a few at a time."""
+    monkeypatch.setattr(lazy, "_BLOCK_BYTES", 2**21)
+    half_keys, width = 128, 256
+    columns = FreshColumns(std=1.0, first_column=0, last_column=width, seed=1, table_number=0)
+    shape = (half_keys**2, width)
+    table = LazyTensor(shape=shape, dtype=torch.float32, read_rows=columns.read_rows)
+    stretched = stretched_table(table, half_keys, 2)
+    assert growth(lambda: write_dcp(tmp_path / "grown", {"table": stretched})) < 32 * 2**20
+    written = sum(file.stat().st_size for file in (tmp_path / "grown").iterdir())
+    assert written >= 64 * 2**20
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 0.9])
