@@ -11,7 +11,8 @@ import torch
 from megatron_memory.config import Config
 from megatron_memory.config.flags import all_flags, flag_name, opposite
 from megatron_memory.conversion.saved_state import Tensors
-from megatron_memory.inspection.contents import Contents
+from megatron_memory.inspection.contents import STATE, Contents
+from megatron_memory.inspection.difference import Difference
 from megatron_memory.inspection.figures import Figures
 from megatron_memory.inspection.findings import Findings
 from megatron_memory.inspection.parameters import memory_share, parameters_by_part
@@ -46,7 +47,7 @@ def figures_of_checkpoint(contents: Contents, tensors: Tensors, findings: Findin
         "parameters": parts,
         "memory_share": memory_share(parts),
         "tensors": {
-            name: {"shape": list(tensor.shape), "dtype": _dtype(tensor.dtype)}
+            name: {"shape": list(tensor.shape), "dtype": dtype_text(tensor.dtype)}
             for name, tensor in tensors.items()
         },
         "damage": list(findings.damage if findings else contents.damage),
@@ -172,9 +173,9 @@ def _tensors(tensors: Tensors, findings: Findings | None) -> Iterator[str]:
     columns = "" if findings is None else "      norm       mean    largest   zeros  not finite"
     yield f"{head:<{width + 2}} {'type':<8} {'shape':<20}{columns}"
     for name, tensor in tensors.items():
-        shape = "x".join(map(str, tensor.shape)) or "one number"
+        shape = shape_text(tensor.shape)
         figures = findings.figures.get(name) if findings is not None else None
-        text = f"  {name:<{width}} {_dtype(tensor.dtype):<8} {shape:<20}"
+        text = f"  {name:<{width}} {dtype_text(tensor.dtype):<8} {shape:<20}"
         yield (text + (_figures(figures, tensor.shape) if figures else "")).rstrip()
 
 
@@ -197,6 +198,77 @@ def _found(contents: Contents, findings: Findings | None) -> Iterator[str]:
         yield f"damage: {problem}"
 
 
+def figures_of_difference(difference: Difference) -> dict[str, Any]:
+    """All of it as plain values; None for what is not finite."""
+    shown = dataclasses.asdict(difference)
+    shown["changed"] = [_finite(found) for found in shown["changed"]]
+    shown["retyped"] = {n: list(map(dtype_text, pair)) for n, pair in difference.retyped.items()}
+    return shown | {"is_none": difference.is_none}
+
+
+def describe_difference(first: Contents, second: Contents, found: Difference) -> Iterator[str]:
+    """Lines for people."""
+    yield f"first:  {first.folder} ({first.format}, iteration {first.iteration})"
+    yield f"second: {second.folder} ({second.format}, iteration {second.iteration})"
+    if first.is_raw:
+        yield "by the names of their files"
+    for setting in found.settings:
+        values = [setting_text(setting.key, value) for value in (setting.first, setting.second)]
+        yield f"{'model' if setting.is_of_model else 'run'}: {values[0]} | {values[1]}"
+    for where, names in (("first", found.only_first), ("second", found.only_second)):
+        for text in _by_kind(names):
+            yield f"only in the {where}: {text}"
+    for name, shapes in found.reshaped.items():
+        yield f"shapes: {name} {' | '.join(map(shape_text, shapes))}"
+    for text in _retyped(found):
+        yield f"types: {text}"
+    yield from _changed(found)
+    yield f"{found.num_equal} tensors have the same numbers"
+    for problem in found.unreadable:
+        yield f"damage: {problem}"
+
+
+def _by_kind(names: tuple[str, ...]) -> Iterator[str]:
+    """Names of weights; the optimizer's by kind."""
+    kinds: dict[str, int] = {}
+    for name in names:
+        if name.startswith(STATE):
+            kind = name.removeprefix(STATE).partition(".")[0]
+            kinds[kind] = kinds.get(kind, 0) + 1
+        else:
+            yield name
+    for kind, count in kinds.items():
+        yield f"{count} tensors {STATE}{kind}.*"
+
+
+def _retyped(found: Difference) -> Iterator[str]:
+    pairs: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    for name, pair in found.retyped.items():
+        pairs.setdefault(pair, []).append(name)
+    for pair, names in pairs.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        yield f"{' | '.join(map(dtype_text, pair))}: {', '.join(names[:4])}{more}"
+
+
+def _changed(found: Difference) -> Iterator[str]:
+    if not found.changed:
+        return
+    width = max(len(tensor.name) for tensor in found.changed)
+    head = f"{len(found.changed)} changed"
+    yield f"{head:<{width + 2}}  norm of difference     largest   elements       rows"
+    for tensor in found.changed:
+        rows = tensor.share_of_rows_changed
+        yield (
+            f"  {tensor.name:<{width}} {tensor.relative_norm:>19.3g} {tensor.largest:>11.3g} "
+            f"{tensor.share_changed:>10.2%} {'' if rows is None else format(rows, '>10.2%')}"
+        ).rstrip()
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """As 64x32."""
+    return "x".join(map(str, shape)) or "one number"
+
+
 def size_text(num_bytes: int) -> str:
     """As 1.5 GB, in powers of 1000."""
     size, unit = float(num_bytes), 0
@@ -205,5 +277,6 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes} bytes" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def dtype_text(dtype: torch.dtype) -> str:
+    """As bf16."""
     return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")

@@ -53,6 +53,13 @@ _COMPUTATION = (
 )
 
 
+def decides_model(component: str, name: str) -> bool:
+    """Whether a field of a configuration decides a model's tensors, or what it computes from them;
+    which layers have and share tables is asked of `config.pools`."""
+    fields = [("model", field) for field in (*_MODEL, *_EXPERTS)]
+    return (component, name) in [*fields, *(("memory", field) for field in _MEMORY), *_COMPUTATION]
+
+
 def saved_config(folder: Path) -> Config | None:
     """The configuration that wrote a checkpoint; None where another program did.
 
