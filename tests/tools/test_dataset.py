@@ -25,7 +25,8 @@ TOKENIZER += ["--tokenizer-model", str(GOLDEN / "tokenizer")]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Several pieces for each of the small pairs here."""
+    """Several pieces for each of the small pairs here, and no waiting for a busy disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(streaming, "CHUNK", 7)
     monkeypatch.setattr(contents, "CHUNK", 7)
 

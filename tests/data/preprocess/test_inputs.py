@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_memory.data.preprocess import outputs, parquet, pipeline, sources, streams
+from megatron_memory.data.preprocess import pipeline, sources, streams
 from megatron_memory.data.preprocess.inputs import expand_inputs
 from megatron_memory.exceptions import ConfigurationError, DataError
 from tests.data.preprocess.test_resume import (
@@ -54,26 +54,21 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_each_kind_gives_the_same_tokens(tmp_path, monkeypatch, name, workers):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(parquet, "_BLOCK_BYTES", 1000)
+def test_each_kind_gives_the_same_tokens(tmp_path, often, name):
     path = tmp_path / "in" / name
     path.parent.mkdir()
     WRITERS[name](path, DOCS.read_bytes())
-    assert run(tmp_path, "--workers", workers, inputs=[path]) == 0
+    assert run(tmp_path, "--workers", "2", inputs=[path]) == 0
     (source,) = assert_complete(tmp_path)["sources"]
     assert source["path"] == str(path) and source["bytes"] == path.stat().st_size
     assert source["lines"] == 305
 
 
-@pytest.mark.parametrize("name", ["frames.jsonl.zst", "table.parquet"])
-@pytest.mark.parametrize("num_blocks", [1, 20, 30])
-def test_each_kind_can_be_gone_on_with(tmp_path, monkeypatch, name, num_blocks):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(parquet, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(outputs, "_SECONDS_BETWEEN_RECORDS", 0.0)
+@pytest.mark.parametrize(
+    ("name", "num_blocks"), [("frames.jsonl.zst", 20), ("table.parquet", 1), ("table.parquet", 30)]
+)
+def test_each_kind_can_be_gone_on_with(tmp_path, monkeypatch, often, name, num_blocks):
     path = tmp_path / "in" / name
     path.parent.mkdir()
     WRITERS[name](path, DOCS.read_bytes())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_memory.data.preprocess import encoding, outputs, pipeline, sources
+from megatron_memory.data.preprocess import encoding, pipeline, sources
 from tests.data.preprocess.test_resume import DOCS, ROOT, TOKENIZER, assert_complete, run
 
 BAD = [b"{not json", b"", b'{"title": "only"}', b'{"text": 3}', b'{"text": "\xff"}', b"[1]"]
@@ -90,9 +90,7 @@ class _Exits(_DiesAtDocument30):
         (_Exits, "ended with exit code 137"),
     ],
 )
-def test_a_dead_worker_ends_the_run_with_its_reason(tmp_path, monkeypatch, capsys, encoder, reason):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(outputs, "_SECONDS_BETWEEN_RECORDS", 0.0)
+def test_a_dead_worker_is_named(tmp_path, monkeypatch, often, capsys, encoder, reason):
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "DocumentEncoder", encoder)
         assert run(tmp_path, "--workers", "3") == 1
@@ -113,10 +111,8 @@ class _WrongFromDocument100(pipeline.FastEncoder):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_difference_on_the_way_starts_over_without_gigatoken(
-    tmp_path, monkeypatch, capsys, workers
+    tmp_path, monkeypatch, often, capsys, workers
 ):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(outputs, "_SECONDS_BETWEEN_RECORDS", 0.0)
     monkeypatch.setattr(pipeline, "FastEncoder", _WrongFromDocument100)
     assert run(tmp_path, "--workers", workers) == 0
     errors = capsys.readouterr().err
