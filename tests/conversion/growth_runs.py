@@ -11,12 +11,11 @@ from tools.grow import main
 
 STEPS = 2
 """Before the growth, and after it."""
+OPTIONS = {"softmax_sink": True, "gated": True, "qk_norm": True}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"layers": None},
-    "memory+": {"layers": "0,1", "softmax_sink": True, "gated": True},
-    "beside": {"layers": "1", "qk_norm": True, "beside_mlp": True},
+    "memory+": {"layers": "0,1", "beside_mlp": True} | OPTIONS,
     "pkm": {"layers": "1", "variant": "pkm"},
-    "projected": {"layers": "1", "variant": "pkm", "value_dim": 24},
     "peer": {"layers": "1", "variant": "peer"},
     "bf16": {"layers": "1"},
 }

@@ -8,12 +8,15 @@ import torch
 from megatron_memory.conversion import lazy
 from megatron_memory.conversion.dcp_files import write_dcp
 from megatron_memory.conversion.growth.add import largest_first_update
-from megatron_memory.conversion.growth.half_keys import _turned, stretched_table
+from megatron_memory.conversion.growth.half_keys import _turned, are_new, stretched_table
+from megatron_memory.conversion.growth.value_dim import _check
 from megatron_memory.conversion.lazy import LazyTensor, from_memory
+from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.memory.initialization import FreshColumns
 from megatron_memory.runtime.adam import FusedAdam
 from memory_kernels import product_key_topk
 from tests.memory_growth import growth
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("copies", [2, 4])
@@ -25,6 +28,7 @@ def test_rows_of_a_stretched_table_are_their_pairs_rows(copies: int):
     assert stretched.shape == (grown**2, width)
     i, j = torch.arange(grown**2) // grown, torch.arange(grown**2) % grown
     is_old = (i < half_keys) & (j < half_keys)
+    assert torch.equal(are_new(torch.arange(grown**2), half_keys, copies), ~is_old)
     parents = table[i % half_keys * half_keys + j % half_keys]
     expected = parents * torch.where(is_old, 1, 0.5)[:, None]
     for begin, end in ((0, grown**2), (1, 2), (grown - 1, 3 * grown + 1), (7, grown**2 - 1)):
@@ -58,13 +62,18 @@ def test_kept_reads_change_a_heads_sum_within_the_bound(scale: float):
     new_indices, new_weights = product_key_topk(query, grown_keys, k)
     before = (weights[..., None] * table[indices]).sum(2)
     after = (new_weights[..., None] * grown_table[new_indices]).sum(2)
-    is_new = (new_indices // (2 * half_keys) >= half_keys) | (
-        new_indices % (2 * half_keys) >= half_keys
-    )
+    is_new = are_new(new_indices, half_keys, 2)
     bound = 2 * (new_weights * is_new).sum(-1) * table.norm(dim=1).max()
     change = (after - before).norm(dim=-1)
     assert (change <= bound + 1e-5).all() and is_new.any()
     assert (change[bound > 0] / bound[bound > 0]).max() > 0.25
+
+
+def test_a_projection_of_pkm_is_not_lost():
+    config = tiny_config("pkm", memory={"value_dim": 24})
+    with pytest.raises(ConfigurationError, match="--value-dim 32 is the hidden size"):
+        _check(config, 32)
+    _check(config, 40)
 
 
 def test_turned_keys_keep_their_length_and_have_the_angle():

@@ -152,6 +152,18 @@ def _factors(kind: str | None, exact: bool, copies: int) -> tuple[float, float]:
     return 1.0, 0.0 if degree == 1 else 1.0
 
 
+def are_new(rows: Tensor, half_keys: int, copies: int) -> Tensor:
+    """Which rows of a stretched table are not their pairs' first copies; any shape, to bool.
+
+    Args:
+        rows: numbers in the stretched table.
+        half_keys: N, before.
+        copies: r.
+    """
+    grown = half_keys * copies
+    return (rows // grown >= half_keys) | (rows % grown >= half_keys)
+
+
 def stretched_table(
     table: LazyTensor, half_keys: int, copies: int, old: float = 1.0, new: float = 1.0
 ) -> LazyTensor:

@@ -9,6 +9,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from megatron_memory.conversion.evaluate import state_logits
+from megatron_memory.conversion.growth.half_keys import are_new
 from megatron_memory.conversion.growth.options import Checking
 from megatron_memory.conversion.growth.tensors import table_names
 from megatron_memory.conversion.saved_state import SavedState
@@ -124,7 +125,7 @@ def _new_reads(before: SavedState, after: SavedState, routes: list[Route]) -> Ne
     is_exact = before.config.memory.top_k != after.config.memory.top_k
     if not before.config.memory.enabled or old == new or is_exact:
         return None
-    is_new = [(r.indices // new >= old) | (r.indices % new >= old) for r in routes]
+    is_new = [are_new(route.indices, old, new // old) for route in routes]
     weights = torch.stack([(r.weights * of).sum(-1) for r, of in zip(routes, is_new, strict=True)])
     return NewReads(
         share_of_reads=torch.stack(is_new).float().mean().item(),
