@@ -101,8 +101,8 @@ def sentence_piece(folder: Path) -> dict:
 
 def tiktoken(folder: Path) -> dict:
     folder.mkdir()
-    path = tiktoken_vocabulary(folder / "vocab.json", 300)
-    return {"tokenizer_type": "TikTokenizer", "tokenizer_model": str(path), "vocab_size": 300}
+    path = tiktoken_vocabulary(folder / "vocab.json")
+    return {"tokenizer_type": "TikTokenizer", "tokenizer_model": str(path), "vocab_size": 1300}
 
 
 KINDS = {
