@@ -130,7 +130,7 @@ def write_megatron(
     format_name |= {"common_backend": "torch", "common_backend_version": 1}
     (iteration / "metadata.json").write_text(json.dumps(format_name), "utf-8")
     save_config(config, iteration / folders.CONFIG_FILE)
-    if state.tokenizer is not None and not state.common:
+    if state.tokenizer is not None:
         copy_tokenizer(state.tokenizer, folder / _TOKENIZER)
     omit = () if state.iteration else _OF_TRAINING
     save_config(config, folder / folders.CONFIG_FILE, omit=omit)
@@ -144,11 +144,14 @@ def _num_ranks(layout: Layout) -> int:
 def _config_for(state: SavedState, save: Path, layout: Layout, dtype: torch.dtype | None) -> Config:
     replace, config = dataclasses.replace, state.config
     data = config.data
-    if state.tokenizer is not None and not state.common:
+    if state.tokenizer is not None:
+        place = save / _TOKENIZER
+        if state.tokenizer.is_file():
+            place /= state.tokenizer.name
         data = replace(
             data,
             tokenizer_type=data.tokenizer_type or "HuggingFaceTokenizer",
-            tokenizer_model=str(save / _TOKENIZER),
+            tokenizer_model=str(place),
         )
     return replace(
         config,
