@@ -1,7 +1,9 @@
 """Benchmarks that print ratios measured in one run.
 
+    python tools/benchmark.py preprocess
     python tools/benchmark.py train-step
 
+The first is in benchmark_preprocess.py; its --help says what it does. The second
 compares the training step of a memory+ model with that of the dense model of the same shape:
 forward, backward and optimizer, on random tokens. Each round measures every model in a process of
 its own, one after the other, so that a machine that slows down slows all of them.
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,6 +70,16 @@ class Measurement:
 
 
 def main() -> None:
+    """Run the benchmark that the first argument names."""
+    if sys.argv[1:2] == ["preprocess"]:
+        sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+        from tools import benchmark_preprocess
+
+        sys.exit(benchmark_preprocess.main(sys.argv[2:]))
+    _compare_training_steps()
+
+
+def _compare_training_steps() -> None:
     """Measure every model in turn, round after round, and print the table."""
     args = _parse_arguments()
     if args.worker is not None:
@@ -90,7 +103,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmark", choices=["train-step"], help="what to measure")
+    parser.add_argument("benchmark", choices=["train-step", "preprocess"], help="what to measure")
     parser.add_argument("--shape", choices=SHAPES, help="default: 373m on a GPU, else quickstart")
     parser.add_argument("--num-half-keys", type=int, help="default: 1024 on a GPU, else 128")
     parser.add_argument("--seq-length", type=int, help="default: 2048 on a GPU, else 128")
