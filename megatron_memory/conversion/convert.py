@@ -54,7 +54,9 @@ def convert(conversion: Conversion, notify: Notify) -> None:
         state = _prepared(state, target, notify)
         dtype = _dtype(state, target)
         with shown(state, "writing") as counted:
-            _write(counted, target, folder, dtype)
+            notes = _write(counted, target, folder, dtype)
+    for note in notes:
+        notify(f"note: {note}")
     count = sum(torch.Size(t.shape).numel() for t in state.weights.values())
     notify(f"{save}: {len(state.weights)} tensors, {count:,} parameters, {_name(dtype)}")
     if _verifies(conversion.checking, count, notify):
@@ -68,8 +70,6 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
                 f"--tokenizer-model {target.tokenizer_model}: there is no such file or folder"
             )
         state = dataclasses.replace(state, tokenizer=Path(target.tokenizer_model))
-    if target.target_format == "hf" and state.tokenizer is None:
-        notify("note: no tokenizer is at hand; name its folder with --tokenizer-model")
     if target.weights_only:
         return state.without_optimizer()
     if state.moments and target.target_format == "hf":
@@ -96,7 +96,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write(state: SavedState, target: Target, folder: Path, dtype: torch.dtype) -> None:
+def _write(state: SavedState, target: Target, folder: Path, dtype: torch.dtype) -> list[str]:
+    """Returns what to tell the user."""
+    if target.target_format == "hf":
+        return write_hf(
+            state,
+            folder,
+            model_type=target.hf_model_type,
+            dtype=dtype,
+            max_shard_bytes=target.max_shard_bytes,
+        )
     if target.target_format == "megatron":
         layout = Layout(
             tensor_parallel_size=target.target_tensor_parallel_size,
@@ -104,16 +113,9 @@ def _write(state: SavedState, target: Target, folder: Path, dtype: torch.dtype) 
             memory_parallel_size=target.target_memory_parallel_size,
         )
         write_megatron(state, folder, Path(target.save), layout, dtype)
-    elif target.target_format == "lingua":
-        write_lingua(state, folder, dtype)
     else:
-        write_hf(
-            state,
-            folder,
-            model_type=target.hf_model_type,
-            dtype=dtype,
-            max_shard_bytes=target.max_shard_bytes,
-        )
+        write_lingua(state, folder, dtype)
+    return []
 
 
 def _verifies(checking: Checking, num_parameters: int, notify: Notify) -> bool:

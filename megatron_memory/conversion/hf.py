@@ -17,7 +17,8 @@ from megatron_memory.config import (
     check_values,
 )
 from megatron_memory.conversion.decoder import check_is_like_llama, check_size, decoder_rules
-from megatron_memory.conversion.folders import copy_tokenizer, tokenizer_files
+from megatron_memory.conversion.folders import tokenizer_files
+from megatron_memory.conversion.hf_card import model_card
 from megatron_memory.conversion.hf_families import (
     FAMILIES,
     NAMES,
@@ -39,6 +40,7 @@ from megatron_memory.conversion.hf_memory import (
     memory_values,
     register,
 )
+from megatron_memory.conversion.hf_tokenizer import write_tokenizer
 from megatron_memory.conversion.rules import Rule, to_ours, to_theirs
 from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
 from megatron_memory.conversion.saved_state import SavedState, Tensors
@@ -191,8 +193,9 @@ def write_hf(
     model_type: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write a model's folder: configuration, weights, tokenizer.
+) -> list[str]:
+    """Write a model's folder: configuration, weights, tokenizer; with memory, the model's code and
+    a card as well.
 
     Args:
         state: what to write.
@@ -200,6 +203,9 @@ def write_hf(
         model_type: a family of FAMILIES; None: the one whose models are like this one.
         dtype: of the weights; None: as they are.
         max_shard_bytes: of a file.
+
+    Returns:
+        what to tell the user.
 
     Raises:
         CheckpointError, ConfigurationError: no such family, or it has no such model.
@@ -211,16 +217,19 @@ def write_hf(
     tensors = {n: t.to(dtype or t.dtype) for n, t in to_theirs(rules, weights, "the model").items()}
     kind = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     values = values_of(family, state.config.model, state.vocab_size, kind)
+    tokenizer = write_tokenizer(state, folder)
     if state.config.memory.enabled:
         tensors = cut_tables(tensors, max_shard_bytes)
-        limit = max_chunk_elements(max_shard_bytes, getattr(torch, kind))
+        element = getattr(torch, kind)
+        limit = max_chunk_elements(max_shard_bytes, element)
         values |= memory_values(state.config) | {"memory_max_chunk_elements": limit}
         copy_code(folder)
-    _write_json(folder / CONFIG, values | _special_tokens(state))
-    _write_json(folder / "generation_config.json", _special_tokens(state))
+        card = model_card(state, element, has_tokenizer=tokenizer.is_there)
+        (folder / "README.md").write_text(card, "utf-8")
+    _write_json(folder / CONFIG, values | tokenizer.special_tokens)
+    _write_json(folder / "generation_config.json", tokenizer.special_tokens)
     write_weight_files(folder, tensors, max_shard_bytes)
-    if state.tokenizer is not None and tokenizer_files(state.tokenizer):
-        copy_tokenizer(state.tokenizer, folder)
+    return [] if tokenizer.note is None else [tokenizer.note]
 
 
 def load_for_evaluation(load: Path) -> torch.nn.Module:
@@ -259,24 +268,6 @@ def _family(state: SavedState, model_type: str | None) -> Family:
         )
     check_family(FAMILIES[model_type], state.config.model)
     return FAMILIES[model_type]
-
-
-def _special_tokens(state: SavedState) -> dict[str, Any]:
-    """The tokenizer's begin and end, which generation needs; transformers' defaults are Llama's."""
-    tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-    if state.tokenizer is None or not tokenizer_files(state.tokenizer):
-        return tokens
-    from transformers import AutoTokenizer
-
-    register()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(state.tokenizer), local_files_only=True)
-    # transformers raises nearly anything on a damaged file.
-    except Exception as error:
-        raise CheckpointError(
-            f"{state.tokenizer}: the tokenizer cannot be read: {error}"
-        ) from error
-    return {name: getattr(tokenizer, name) for name in tokens}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_memory.conversion.hf import load_for_evaluation, read_hf, read_hf_back, write_hf
+from megatron_memory.conversion.hf_card import model_card
 from megatron_memory.conversion.hf_memory import join_tables
 from megatron_memory.conversion.lazy import from_memory
 from megatron_memory.conversion.safetensors_files import read_weight_files
@@ -144,6 +146,23 @@ def test_the_way_back_gives_the_same_bits_and_the_same_model(name, exported):
 
 def _of_training(state) -> dict:
     return {name: getattr(state.config.memory, name) for name in ("value_lr", "value_min_lr")}
+
+
+def test_the_card_says_what_it_is(exported):
+    state = dataclasses.replace(exported["pkm"].state, iteration=24, consumed_samples=192)
+    card = model_card(state, torch.float32, has_tokenizer=False)
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == "text-generation"
+    assert "license" not in header
+    total = sum(tensor.read().numel() for tensor in state.weights.values())
+    # The table: 64 rows of 32.
+    assert f"| parameters | {total:,}, of which 2,048 in tables |" in card
+    assert "layers 1, 3 (counted from 0) have a memory in the MLP's place" in card
+    assert "| optimizer steps | 24 |" in card
+    assert f"| training data | {192 * SEQUENCE:,} tokens" in card
+    assert "No tokenizer" in card
+    written = (exported["pkm"].folder / "README.md").read_text()
+    assert "No tokenizer" not in written and "optimizer steps" not in written
 
 
 def test_a_table_larger_than_a_file_is_several_parameters(exported):
