@@ -178,13 +178,6 @@ def test_a_bad_flag_is_named(tmp_path, capsys, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kinds_of_file_that_are_not_read(tmp_path, capsys):
-    path = tmp_path / "docs.parquet"
-    path.write_bytes(b"PAR1")
-    assert run_on(path, tmp_path / "out") == 1
-    assert "only .jsonl and .jsonl.gz are read" in capsys.readouterr().err
-
-
 def test_no_documents(tmp_path, capsys):
     path = tmp_path / "docs.jsonl"
     path.touch()
