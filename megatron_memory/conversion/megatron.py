@@ -145,7 +145,8 @@ def _config_for(state: SavedState, save: Path, layout: Layout, dtype: torch.dtyp
     replace, config = dataclasses.replace, state.config
     data = config.data
     if state.tokenizer is not None:
-        place = save / _TOKENIZER
+        # So that the model can be used from any directory.
+        place = save.absolute() / _TOKENIZER
         if state.tokenizer.is_file():
             place /= state.tokenizer.name
         data = replace(

@@ -137,12 +137,14 @@ def load(save: Path, tensor_parallel_size: int = 1, **fields: Any) -> Generator:
 
 
 @torch.inference_mode()
-def logits_without_cache(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
-    """[tokens, VOCAB]: one forward pass over the whole sequence, as in training."""
+def logits_without_cache(
+    model: torch.nn.Module, tokens: list[int], vocab_size: int = VOCAB
+) -> torch.Tensor:
+    """[tokens, vocab_size]: one forward pass over the whole sequence, as in training."""
     ids = torch.tensor([tokens])
     positions = torch.arange(len(tokens))[None]
     logits = model(ids, positions, None, runtime_gather_output=True)
-    return logits[0, :, :VOCAB].float()
+    return logits[0, :, :vocab_size].float()
 
 
 def greedy_without_cache(
