@@ -4,10 +4,12 @@ import errno
 import fcntl
 import os
 import sys
+import time
 from types import TracebackType
 
 from megatron_memory.exceptions import DataError
 
+_SECONDS_FOR_WORKERS = 10.0
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -26,6 +28,7 @@ class OutputLock:
         self.path = prefix + ".lock"
         os.makedirs(os.path.dirname(os.path.abspath(prefix)), exist_ok=True)
         self._descriptor = -1
+        self._deadline = time.monotonic() + _SECONDS_FOR_WORKERS
         while self._descriptor < 0 or not self._is_current():
             self.release(remove=False)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -39,6 +42,10 @@ class OutputLock:
         except BlockingIOError as error:
             owner = os.pread(self._descriptor, 20, 0).decode(errors="replace").strip()
             self.release(remove=False)
+            if time.monotonic() < self._deadline and _is_dead(owner):
+                # Workers of a killed process have its lock until they notice, in a moment.
+                time.sleep(0.1)
+                return
             raise DataError(
                 f"{prefix}: another process ({owner or 'unknown'}) is writing this output. Wait "
                 "for it, end it, or give another --output-prefix"
@@ -79,3 +86,14 @@ class OutputLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether a process, by its number as text, is known to have ended."""
+    try:
+        os.kill(int(owner), 0)
+    except (ValueError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return False

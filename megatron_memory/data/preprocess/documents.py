@@ -1,11 +1,15 @@
 """Lines of JSON and rows of tables to the texts in them."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron_memory.data.preprocess.blocks import Block, LineBlock, RowBlock
+
+NUM_NAMED = 10
+"""Bad records of a block of which is said what is wrong; the others are counted."""
 
 _scan_json: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 
@@ -19,7 +23,9 @@ class Documents:
     numbers: Sequence[int]
     """The line or row of each document, counted from 1 in its file."""
     problems: list[tuple[int, str]]
-    """Number of each bad line or row, and what is wrong with it."""
+    """Number of the first bad lines or rows, NUM_NAMED at most, and what is wrong with each."""
+    num_problems: int
+    """All of them."""
 
 
 def read_documents(block: Block, keys: tuple[str, ...]) -> Documents:
@@ -30,35 +36,47 @@ def read_documents(block: Block, keys: tuple[str, ...]) -> Documents:
     if parsed is not None:
         first = block.first_record
         numbers = range(first, first + len(parsed[keys[0]]))
-        return Documents(texts=parsed, numbers=numbers, problems=[])
+        return Documents(texts=parsed, numbers=numbers, problems=[], num_problems=0)
+    lines = block.lines.split(b"\n")[:-1]
+    calls = (functools.partial(_parse_line, line.rstrip(b"\r"), keys) for line in lines)
+    return _good_documents(calls, block, keys)
+
+
+def _good_documents(
+    records: Iterable[Callable[[], list[str]]], block: Block, keys: tuple[str, ...]
+) -> Documents:
+    """Gathers what the calls return, one for each record: texts in the order of the keys.
+
+    A call raises _BadRecord where there is no such text.
+    """
     texts: dict[str, list[str]] = {key: [] for key in keys}
-    good, problems = [], []
-    for number, line in enumerate(block.lines.split(b"\n")[:-1], block.first_record):
+    good: list[int] = []
+    problems: list[tuple[int, str]] = []
+    number = block.first_record - 1
+    for number, read in enumerate(records, block.first_record):
         try:
-            of_line = _parse_line(line.rstrip(b"\r"), keys)
-        except _BadLine as error:
-            problems.append((number, str(error)))
+            of_record = read()
+        except _BadRecord as error:
+            if len(problems) < NUM_NAMED:
+                problems.append((number, str(error)))
             continue
         good.append(number)
-        for key, text in zip(keys, of_line, strict=True):
+        for key, text in zip(keys, of_record, strict=True):
             texts[key].append(text)
-    return Documents(texts=texts, numbers=good, problems=problems)
+    num_problems = number + 1 - block.first_record - len(good)
+    return Documents(texts=texts, numbers=good, problems=problems, num_problems=num_problems)
 
 
 def _read_rows(block: RowBlock, keys: tuple[str, ...]) -> Documents:
-    texts: dict[str, list[str]] = {key: [] for key in keys}
-    good, problems = [], []
-    for number, row in enumerate(
-        zip(*(block.texts[key] for key in keys), strict=True), block.first_record
-    ):
-        missing = [key for key, text in zip(keys, row, strict=True) if text is None]
-        if missing:
-            problems.append((number, f"{missing[0]!r} holds null, not a string. Fill or remove it"))
-            continue
-        good.append(number)
-        for key, text in zip(keys, row, strict=True):
-            texts[key].append(text)
-    return Documents(texts=texts, numbers=good, problems=problems)
+    rows = zip(*(block.texts[key] for key in keys), strict=True)
+    return _good_documents((functools.partial(_check_row, row, keys) for row in rows), block, keys)
+
+
+def _check_row(row: tuple[str | None, ...], keys: tuple[str, ...]) -> list[str]:
+    texts = [text for text in row if text is not None]
+    if len(texts) < len(row):
+        raise _BadRecord(f"{keys[row.index(None)]!r} holds null, not a string. Fill or remove it")
+    return texts
 
 
 def _parse_good_lines(block: LineBlock, keys: tuple[str, ...]) -> dict[str, list[str]] | None:
@@ -88,24 +106,24 @@ def _parse_good_lines(block: LineBlock, keys: tuple[str, ...]) -> dict[str, list
     return texts
 
 
-class _BadLine(Exception):
-    """Says what is wrong with a line, and the mend."""
+class _BadRecord(Exception):
+    """Says what is wrong with a line or row, and the mend."""
 
 
 def _parse_line(line: bytes, keys: tuple[str, ...]) -> list[str]:
     try:
         document = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _BadLine(f"not UTF-8 ({error}). Save the file as UTF-8") from error
+        raise _BadRecord(f"not UTF-8 ({error}). Save the file as UTF-8") from error
     # Not only JSONDecodeError: a number of thousands of digits is another ValueError.
     except (ValueError, RecursionError) as error:
         shown = line[:60].decode("utf-8", errors="replace")
-        raise _BadLine(
+        raise _BadRecord(
             f"not valid JSON ({error}): {shown!r}. Each line must be one JSON object; "
             "mend or remove the line"
         ) from error
     if not isinstance(document, dict):
-        raise _BadLine(
+        raise _BadRecord(
             f"a JSON {type(document).__name__}, not an object. Each line must be an "
             f"object with the keys of --json-keys: {', '.join(keys)}"
         )
@@ -114,13 +132,13 @@ def _parse_line(line: bytes, keys: tuple[str, ...]) -> list[str]:
 
 def _text_of(document: dict, key: str) -> str:
     if key not in document:
-        raise _BadLine(
+        raise _BadRecord(
             f"has no key {key!r}, only {', '.join(sorted(document)) or 'none'}. Give the "
             "keys that hold text to --json-keys, or mend the line"
         )
     text = document[key]
     if not isinstance(text, str):
-        raise _BadLine(
+        raise _BadRecord(
             f"{key!r} holds {type(text).__name__}, not a string. Make it a string, or "
             "name another key in --json-keys"
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron_memory.data.preprocess.blocks import Block, Position
-from megatron_memory.data.preprocess.documents import Documents, read_documents
+from megatron_memory.data.preprocess.documents import NUM_NAMED, Documents, read_documents
 from megatron_memory.data.preprocess.fast_bpe import TokenMismatch
 
 BatchEncoder = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
@@ -24,7 +24,9 @@ class EncodedBlock:
     """For each key: tokens of each document, [documents], int32; 0 for an empty one."""
     num_documents: int
     problems: list[tuple[int, str]]
-    """Number of each line that was left out, and why, ascending."""
+    """See Documents."""
+    num_problems: int
+    """See Documents."""
     num_bytes: int
     """Bytes of the block, decompressed."""
     end: Position
@@ -69,6 +71,7 @@ class DocumentEncoder:
             lengths={key: lengths for key, (_, lengths) in encoded.items()},
             num_documents=len(documents.numbers),
             problems=documents.problems,
+            num_problems=documents.num_problems,
             num_bytes=block.num_bytes,
             end=block.end,
         )
@@ -105,7 +108,8 @@ class DocumentEncoder:
         return Documents(
             texts={key: [texts[i] for i in kept] for key, texts in documents.texts.items()},
             numbers=[documents.numbers[i] for i in kept],
-            problems=sorted(problems),
+            problems=sorted(problems)[:NUM_NAMED],
+            num_problems=documents.num_problems + len(documents.numbers) - len(kept),
         )
 
 

@@ -56,7 +56,7 @@ class Outputs:
                 extents=self._extents(),
                 position=block.end,
                 finished_sources=finished,
-                num_skipped=before.num_skipped + len(block.problems),
+                num_skipped=before.num_skipped + block.num_problems,
                 num_bytes=before.num_bytes + block.num_bytes,
             )
             if time.monotonic() >= self._next_record:

@@ -158,7 +158,7 @@ class _Run:
         results = ordered_map(encoder, blocks, self.options.workers)
         with contextlib.closing(results):
             for block in results:
-                skipped.report(self.paths[block.end.source], block.problems)
+                skipped.report(self.paths[block.end.source], block)
                 outputs.add(block)
                 progress.update(
                     num_documents=block.num_documents,

@@ -2,10 +2,10 @@
 
 import sys
 
+from megatron_memory.data.preprocess.documents import NUM_NAMED
+from megatron_memory.data.preprocess.encoding import EncodedBlock
 from megatron_memory.data.preprocess.inputs import is_table
 from megatron_memory.exceptions import DataError
-
-_NUM_SHOWN = 10
 
 
 class SkippedLines:
@@ -20,21 +20,21 @@ class SkippedLines:
         self.on_error = on_error
         self.count = num_before
 
-    def report(self, path: str, problems: list[tuple[int, str]]) -> None:
+    def report(self, path: str, block: EncodedBlock) -> None:
         """Take note of the bad lines of a block.
 
         Raises:
             DataError: the first of them, where the run stops at bad lines.
         """
-        for number, problem in problems:
+        before = self.count
+        self.count += block.num_problems
+        for number, problem in block.problems[: max(0, NUM_NAMED - before)]:
             message = f"{path}, {'row' if is_table(path) else 'line'} {number}: {problem}"
             if self.on_error == "stop":
                 raise DataError(message)
-            self.count += 1
-            if self.count <= _NUM_SHOWN:
-                print(f"skipped: {message}", file=sys.stderr)
-            elif self.count == _NUM_SHOWN + 1:
-                print("skipped: further bad lines are only counted", file=sys.stderr)
+            print(f"skipped: {message}", file=sys.stderr)
+        if before <= NUM_NAMED < self.count:
+            print("skipped: further bad lines are only counted", file=sys.stderr)
 
     def finish(self) -> None:
         """Say how many lines were left out."""

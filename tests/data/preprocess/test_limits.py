@@ -37,6 +37,15 @@ def test_bad_lines_are_left_out_on_request(tmp_path, monkeypatch, capsys, worker
     assert assert_complete(tmp_path)["skipped_lines"] == len(BAD)
 
 
+def test_a_block_of_bad_lines_is_only_counted(tmp_path, often, capsys):
+    path = tmp_path / "in" / "docs.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b"\n" * 300 + b'{"text": "good"}\n' + b"\n" * 5000)
+    assert run(tmp_path, "--on-error", "skip", inputs=[path]) == 0
+    errors = capsys.readouterr().err
+    assert errors.count("skipped: ") == 11 and "5,300 bad lines skipped" in errors
+
+
 @pytest.mark.parametrize("text", ["a\nb", "", "\u2028\x85\x1c", '"\\', "\x7f\u0000"])
 def test_a_block_is_read_as_its_lines_are(text):
     """The scan of a whole block against json.loads of each line, on text that could confuse it."""
