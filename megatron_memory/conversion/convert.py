@@ -74,6 +74,9 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
         return state.without_optimizer()
     if state.moments and target.target_format == "hf":
         notify("note: the format has no place for an optimizer's state, which is left out")
+    if state.usage and target.target_format != "megatron":
+        notify("note: the format has no place for the counts of slots read, which are left out")
+        return dataclasses.replace(state, usage={})
     return state
 
 

@@ -24,10 +24,12 @@ from megatron_memory.conversion.lazy import LazyTensor
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.data.tokenizers import padded_vocab_size
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.loader import locate, read_common
+from megatron_memory.training.checkpoint.state import USAGE_SINCE
 
 _STATE = re.compile(r"optimizer\.state\.(\w+?)\.(.+)")
 _MAIN_WEIGHTS = ("param", "fp32_param")
@@ -66,13 +68,17 @@ def read_megatron(load: Path) -> SavedState:
     vocab_size = common.get("vocab_size", config.data.vocab_size)
     if vocab_size is None:
         raise CheckpointError(f"{folder} does not say how many tokens its vocabulary has")
-    weights, main_weights, moments = _by_kind(StoredTensors(folder, metadata).tensors(), vocab_size)
+    stored = StoredTensors(folder, metadata).tensors()
+    usage = {name: t for name, t in stored.items() if name.startswith(USAGE_PREFIX)}
+    others = {name: t for name, t in stored.items() if name not in usage}
+    weights, main_weights, moments = _by_kind(others, vocab_size)
     return SavedState(
         config=with_share_groups(config),
         vocab_size=vocab_size,
         weights=weights,
         main_weights=main_weights,
         moments=moments,
+        usage=usage,
         iteration=common.get("iteration", 0),
         consumed_samples=common.get("consumed_samples", 0),
         common=common,
@@ -190,7 +196,7 @@ def _tensors(state: SavedState, config: Config, dtype: torch.dtype | None) -> Te
     for kind, moments in state.moments.items():
         for name, tensor in moments.items():
             tensors[f"optimizer.state.{kind}.{name}"] = pad(name, tensor)
-    return tensors
+    return tensors | state.usage
 
 
 def _common(state: SavedState, layout: Layout) -> dict:
@@ -199,6 +205,8 @@ def _common(state: SavedState, layout: Layout) -> dict:
     for name in ("optimizer", "opt_param_scheduler"):
         if not state.moments:
             common.pop(name, None)
+    if not state.usage:
+        common.pop(USAGE_SINCE, None)
     if state.moments and "optimizer" not in common:
         common["optimizer_step"] = state.iteration
     return common | {

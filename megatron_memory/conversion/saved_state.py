@@ -27,6 +27,9 @@ class SavedState:
     """fp32 weights of a training whose own are bf16; by the same names, or empty."""
     moments: dict[str, Tensors] = dataclasses.field(default_factory=dict)
     """The optimizer's states by kind (exp_avg, exp_avg_sq), then by the same names; or empty."""
+    usage: Tensors = dataclasses.field(default_factory=dict)
+    """How much each memory layer read each slot in training, [S] by the names that a Megatron
+    checkpoint has; or empty."""
     iteration: int = 0
     """Optimizer steps taken."""
     consumed_samples: int = 0
@@ -46,5 +49,5 @@ class SavedState:
         return self.weights | self.main_weights
 
     def without_optimizer(self) -> "SavedState":
-        """The weights alone."""
-        return dataclasses.replace(self, main_weights={}, moments={})
+        """The weights alone, nothing of their training."""
+        return dataclasses.replace(self, main_weights={}, moments={}, usage={})

@@ -72,15 +72,17 @@ def check_read_back(state: SavedState, target: Format, save: Path, dtype: torch.
         CheckpointError: names tensors that are missing, left over or different.
     """
     moments: dict[str, Tensors] = {}
+    usage: Tensors = {}
     if target == "hf":
         weights = read_hf_back(save, state.config)
     elif target == "lingua":
         weights, moments = read_lingua_back(save, state.config)
     else:
         back = read_megatron(save)
-        weights, moments = back.weights, back.moments
+        weights, moments, usage = back.weights, back.moments, back.usage
     expected = {name: tensor.to(dtype) for name, tensor in state.exact_weights.items()}
     count = _compare("weights", expected, weights)
+    count += _compare("counts of slots read", state.usage, usage)
     for kind in moments.keys() | (state.moments.keys() if target != "hf" else set()):
         count += _compare(kind, state.moments.get(kind, {}), moments.get(kind, {}))
     return count

@@ -9,5 +9,6 @@
 | `difference` | two checkpoints: settings, names, numbers |
 | `findings` | what the figures of all tensors say together: damage, duplicates, dead things |
 | `parameters` | how many of which kind |
+| `slot_usage` | how evenly slots were read |
 | `program`, `report` | `tools/inspect_checkpoint.py`, from its options to its text |
 """

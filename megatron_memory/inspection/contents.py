@@ -13,6 +13,7 @@ from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.inspection.files import folder_of, read_files
 from megatron_memory.inspection.formats import detect_format
+from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.folders import iteration_of
 from megatron_memory.training.checkpoint.loader import read_common
@@ -137,6 +138,7 @@ def open_checkpoint(load: Path, format_name: Format | None = None, *, raw: bool)
 def _by_our_names(state: SavedState) -> Tensors:
     tensors = dict(state.weights)
     tensors |= {MAIN_WEIGHTS + name: tensor for name, tensor in state.main_weights.items()}
+    tensors |= state.usage
     for kind, moments in state.moments.items():
         tensors |= {f"{STATE}{kind}.{name}": tensor for name, tensor in moments.items()}
     return tensors
@@ -147,7 +149,8 @@ def _in_order(tensors: Tensors) -> Tensors:
 
     def place(name: str) -> tuple:
         numbered = re.split(r"(\d+)", name)
-        return name.startswith("optim"), [int(w) if w.isdecimal() else w for w in numbered]
+        place = (name.startswith("optim"), name.startswith(USAGE_PREFIX))
+        return *place, [int(w) if w.isdecimal() else w for w in numbered]
 
     return {name: tensors[name] for name in sorted(tensors, key=place)}
 

@@ -11,6 +11,7 @@ from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.inspection.contents import Contents
 from megatron_memory.inspection.figures import Figures, figures_of
+from megatron_memory.inspection.slot_usage import LayerUsage, slot_usage
 
 _MAIN_WEIGHT = re.compile(r"optimizer\.state\.(fp32_)?param\.")
 _TABLE_COPY = re.compile(r"(model|optim\.state)\.layers\.\d+\.feed_forward\.(values\w*\.weight.*)")
@@ -39,6 +40,8 @@ class Findings:
     notes: tuple[str, ...]
     """What may be meant."""
     duplicates: tuple[Duplicates, ...]
+    usage: dict[str, LayerUsage]
+    """Of memory layers whose reads are counted, by their numbers."""
 
 
 def find(
@@ -49,11 +52,13 @@ def find(
     kinds = Counter(_kind(tensor) for tensor in chosen.values())
     figures: dict[str, Figures] = {}
     unreadable = []
+    usage: dict[str, LayerUsage] = {}
     for name, tensor in chosen.items():
         try:
             figures[name] = figures_of(
                 name, tensor, with_digest=kinds[_kind(tensor)] > 1, on_read=on_read
             )
+            usage |= slot_usage({name: tensor})
         except CheckpointError as error:
             unreadable.append(f"{name}: {error}")
     return Findings(
@@ -61,6 +66,7 @@ def find(
         damage=(*contents.damage, *unreadable, *_not_finite(figures), *_unequal(contents, figures)),
         notes=(*contents.notes, *_dead(figures)),
         duplicates=tuple(_duplicates(contents, chosen, figures)),
+        usage=usage,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from megatron_memory.inspection.contents import STATE, Contents
+from megatron_memory.memory.usage import USAGE_PREFIX
 
 _MEMORY = "memory "
 _KEYS = ".router.keys"
@@ -16,7 +17,7 @@ def parameters_by_part(contents: Contents) -> dict[str, int]:
     weights = {
         name: tensor
         for name, tensor in contents.tensors.items()
-        if not name.startswith((STATE, "optim.")) and name not in contents.copies
+        if not name.startswith((STATE, "optim.", USAGE_PREFIX)) and name not in contents.copies
     }
     memories = [name.removesuffix("router.keys") for name in weights if name.endswith(_KEYS)]
     totals: dict[str, int] = {}

@@ -16,6 +16,7 @@ from megatron_memory.inspection.difference import Difference
 from megatron_memory.inspection.figures import Figures
 from megatron_memory.inspection.findings import Findings
 from megatron_memory.inspection.parameters import memory_share, parameters_by_part
+from megatron_memory.inspection.slot_usage import describe_usage
 
 _SHOWN = ("model", "memory", "precision")
 _UNITS = ("bytes", "KB", "MB", "GB", "TB")
@@ -55,6 +56,7 @@ def figures_of_checkpoint(contents: Contents, tensors: Tensors, findings: Findin
     }
     if findings is not None:
         shown["duplicates"] = [dataclasses.asdict(found) for found in findings.duplicates]
+        shown["slot_usage"] = {n: dataclasses.asdict(found) for n, found in findings.usage.items()}
         for name, figures in findings.figures.items():
             shown["tensors"][name] |= _finite(dataclasses.asdict(figures))
     return shown
@@ -84,6 +86,8 @@ def describe(contents: Contents, tensors: Tensors, findings: Findings | None) ->
     yield from _parameters(contents)
     yield ""
     yield from _tensors(tensors, findings)
+    if findings is not None:
+        yield from describe_usage(contents, findings.usage)
     yield from _found(contents, findings)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from megatron_memory.memory.routing import Route
 
+USAGE_PREFIX = "memory_usage."
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UsageFigures:
@@ -18,6 +20,11 @@ class UsageFigures:
     kl_to_uniform: float
     """KL divergence in nats of the slots' mean weights from the uniform distribution; 0 is
     perfectly even."""
+
+
+def usage_key(layer: int) -> str:
+    """What a checkpoint calls the sums of a layer, counted from 0, since the counting began."""
+    return f"{USAGE_PREFIX}layers.{layer}.weight_sums"
 
 
 class SlotUsage:
@@ -35,6 +42,14 @@ class SlotUsage:
     def record(self, route: Route) -> None:
         """Count a route's reads."""
         self.weight_sums.index_add_(0, route.indices.flatten(), route.weights.flatten().float())
+
+    def sums_so_far(self, group: torch.distributed.ProcessGroup | None) -> Tensor:
+        """The sums [S] over all tokens counted by the group's ranks, while the counting goes on; a
+        collective call."""
+        sums = self.weight_sums.clone()
+        if group is not None and group.size() > 1:
+            torch.distributed.all_reduce(sums, group=group)
+        return sums
 
     def figures(self, group: torch.distributed.ProcessGroup | None) -> UsageFigures:
         """The figures over all tokens counted by the group's ranks; a collective call."""

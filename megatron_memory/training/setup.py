@@ -15,6 +15,7 @@ from megatron_memory.model.gpt import build_model
 from megatron_memory.optimizer import build_optimizer, build_scheduler
 from megatron_memory.runtime import Backend
 from megatron_memory.training.gradients import finalize_gradients
+from megatron_memory.training.usage import UsageMeter
 from megatron_memory.training.wrapping import wrap
 
 
@@ -32,6 +33,8 @@ class TrainingSetup:
     """Of all parameters; a `MemoryOptimizer` where there is a memory."""
     scheduler: OptimizerParamScheduler
     """Of learning rates and weight decay."""
+    usage: UsageMeter
+    """Of the memory layers' slots."""
 
     @property
     def transformer_config(self) -> MemoryTransformerConfig:
@@ -57,6 +60,7 @@ def build_training_setup(config: Config, backend: Backend, padded_vocab_size: in
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
+        usage=UsageMeter(config, backend.device, model),
     )
 
 

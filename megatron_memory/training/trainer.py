@@ -17,7 +17,6 @@ from megatron_memory.training.step import Batch, StepResult, evaluate_loss, trai
 from megatron_memory.training.stopping import SignalCatcher, Stop, StopChecker
 from megatron_memory.training.tensorboard import Curves
 from megatron_memory.training.throughput import fullest_rank_gib, model_flops_utilization
-from megatron_memory.training.usage import UsageMeter
 
 OnStep = Callable[[int, StepResult], None]
 
@@ -57,7 +56,7 @@ class Trainer:
         self._num_microbatches = setup.config.num_microbatches(self._world_size)
         self._flops_per_token = sum(flops_per_token(setup.config, padded_vocab_size).values())
         self._stop_checker = StopChecker(self._training, signals, setup.backend.device)
-        self._usage = UsageMeter(setup)
+        self._usage = setup.usage
         self._interval = Interval()
         self._last_saved = position
         self._curves = Curves(

@@ -12,6 +12,8 @@ from megatron_memory.conversion.lazy import from_memory
 from megatron_memory.conversion.lingua import write_lingua
 from megatron_memory.conversion.megatron import Layout, write_megatron
 from megatron_memory.conversion.saved_state import SavedState
+from megatron_memory.memory.usage import usage_key
+from megatron_memory.training.checkpoint.state import USAGE_SINCE
 from tests.full_tensors import assemble, local_weights
 from tests.tiny import VOCAB, tiny_config, tiny_model
 
@@ -32,14 +34,18 @@ def tiny_state(variant: str | None = "memory+", **options) -> SavedState:
     weights |= {name: tensor for name, tensor in whole.items() if name.startswith("memory.")}
     generator = torch.Generator().manual_seed(9)
     moments = {n: torch.randn(t.shape, generator=generator) for n, t in weights.items()}
+    reads = torch.rand(2, config.memory.num_values, generator=generator, dtype=torch.float64)
+    usage = dict(zip(map(usage_key, (1, 3)), reads, strict=True)) if variant else {}
     squares = {name: tensor.square() for name, tensor in moments.items()}
     return SavedState(
         config=config,
         vocab_size=VOCAB_SIZE,
         weights=_lazy(weights),
         moments={"exp_avg": _lazy(moments), "exp_avg_sq": _lazy(squares)},
+        usage=_lazy(usage),
         iteration=7,
         consumed_samples=56,
+        common={USAGE_SINCE: 8} if variant else {},
     )
 
 

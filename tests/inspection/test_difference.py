@@ -90,7 +90,8 @@ def test_what_changed_largest_first(state: SavedState, folder: Path, tmp_path: P
     assert found["changed"][0]["share_of_rows_changed"] == 16 / 64
     assert found["changed"][0]["share_changed"] == 16 / 64
     assert found["changed"][1]["relative_norm"] == pytest.approx(1e-3, rel=1e-3)
-    assert len(found["only_first"]) == 2 * len(state.weights) and not found["only_second"]
+    # Two moments of each, and the counts of two layers.
+    assert len(found["only_first"]) == 2 * len(state.weights) + 2 and not found["only_second"]
     assert found["num_equal"] == len(state.weights) - 2
     of_model = [setting for setting in found["settings"] if setting["is_of_model"]]
     assert of_model == [{"key": "memory_top_k", "first": 4, "second": 3, "is_of_model": True}]
@@ -105,7 +106,7 @@ def test_text_and_what_only_the_settings_say(state, folder: Path, tmp_path: Path
     text = capsys.readouterr().out
     assert code == 0
     assert "run: --memory-value-lr 0.001 | --memory-value-lr 0.5" in text
-    assert "memory-layers" not in text and f"{3 * len(state.weights)} tensors have the" in text
+    assert "memory-layers" not in text and f"{3 * len(state.weights) + 2} tensors have the" in text
     model = dataclasses.replace(state.config.model, rotary_base=500)
     config = dataclasses.replace(state.config, model=model)
     other = save(dataclasses.replace(state, config=config), "megatron", tmp_path / "base")

@@ -77,7 +77,11 @@ def test_every_format_is_found_and_says_the_same(folders, capsys):
     _, megatron = _json(capsys, folders["megatron"])
     assert (code, lingua["format"]) == (0, "lingua")
     # Queries and keys have their rows in another order there: other bytes, other rounding.
+    counted = {name for name in megatron["tensors"] if name.startswith("memory_usage.")}
+    assert len(counted) == 2
     for name, tensor in megatron["tensors"].items():
+        if name in counted:
+            continue
         other = lingua["tensors"][name]
         assert other["shape"] == tensor["shape"], name
         for figure in ("norm", "mean", "lowest", "highest", "num_zeros"):
@@ -105,6 +109,17 @@ def test_text(folders, capsys):
     assert "--moe-" not in text and "linear_qkv" not in text
     code, text = _run(capsys, folders["megatron"], "--no-values")
     assert code == 0 and "linear_qkv" in text and "norm " not in text
+
+
+def test_slot_usage(folders, state: SavedState, capsys):
+    _, found = _json(capsys, folders["megatron"])
+    sums = state.usage["memory_usage.layers.3.weight_sums"].read()
+    assert list(found["slot_usage"]) == ["1", "3"]
+    usage = found["slot_usage"]["3"]
+    assert (usage["num_slots"], usage["num_never_read"]) == (64, 0)
+    assert usage["share_of_top_percent"] == pytest.approx((sums.max() / sums.sum()).item())
+    code, text = _run(capsys, folders["megatron"], "--raw", "--tensors", "memory_usage.*")
+    assert code == 0 and "slots read after 8 samples" in text and "layer 3: 0 of 64" in text
 
 
 def test_raw_names(folders, capsys):

@@ -116,7 +116,8 @@ def grow_half_keys(state: SavedState, growth: HalfKeyGrowth) -> SavedState:
             return rowwise(tensor, lambda sink: sink + math.log(copies**2))
         return tensor
 
-    return dataclasses.replace(changed(state, change), config=config)
+    # Other slots, whose reads nobody has counted.
+    return dataclasses.replace(changed(state, change), config=config, usage={})
 
 
 def _num_doublings(state: SavedState, half_keys: int) -> int:

@@ -14,7 +14,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_memory.config import Config
+from megatron_memory.config.pools import memory_layers
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.memory.usage import usage_key
 from megatron_memory.runtime.distributed import seed_everything
 from megatron_memory.training.checkpoint import folders, rng_state, state
 from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_on_all
@@ -184,7 +186,7 @@ def load_checkpoint(setup: TrainingSetup, found: Found, notify: Notify) -> None:
     """
     checkpoint = setup.config.checkpoint
     if checkpoint.finetune:
-        _load_parts(setup, found, with_optimizer=False, with_generators=False)
+        _load_parts(setup, found)
         notify(f"loaded the weights of {found.folder}")
         return
     position = start_position(found, setup.config)
@@ -193,6 +195,7 @@ def load_checkpoint(setup: TrainingSetup, found: Found, notify: Notify) -> None:
         found,
         with_optimizer=not checkpoint.no_load_optim,
         with_generators=_generators_fit(setup, found, notify),
+        with_usage=_usage_fits(setup, found, notify),
     )
     # A converted checkpoint has the states of an optimizer and no schedule: the flags' counts.
     schedule = None if checkpoint.no_load_optim else found.common.get("opt_param_scheduler")
@@ -224,7 +227,12 @@ def load_weights(model: list[torch.nn.Module], config: Config, vocab_size: int, 
 
 
 def _load_parts(
-    setup: TrainingSetup, found: Found, *, with_optimizer: bool, with_generators: bool
+    setup: TrainingSetup,
+    found: Found,
+    *,
+    with_optimizer: bool = False,
+    with_generators: bool = False,
+    with_usage: bool = False,
 ) -> None:
     model = state.sharded_model(setup.model)
     optimizer: state.StateDict = {}
@@ -234,6 +242,8 @@ def _load_parts(
     wanted = state.without_missing_extra_states(model, found.objects)
     if with_generators:
         wanted |= state.sharded_generators(setup)
+    if with_usage:
+        wanted["usage"] = setup.usage.empty_totals()
     loaded = _read_tensors(wanted, found)
     _apply_weights(setup.model, loaded)
     if with_optimizer:
@@ -243,8 +253,26 @@ def _load_parts(
         load_optimizer(setup, fit_groups(states, setup.optimizer, step))
     else:
         setup.optimizer.reload_model_params()
+    if with_usage:
+        # megatron-core leaves out what is empty, as on pipeline ranks without memory layers.
+        setup.usage.restore(loaded.get("usage", {}))
     if with_generators:
         rng_state.restore(loaded["rng_state"], setup.backend.device)
+
+
+def _usage_fits(setup: TrainingSetup, found: Found, notify: Notify) -> bool:
+    """Whether to go on from the checkpoint's counts of reads; where not, they begin here."""
+    if not setup.usage.is_on:
+        return False
+    slots = (setup.config.memory.num_values,)
+    keys = [usage_key(layer) for layer in memory_layers(setup.config)]
+    since = found.common.get(state.USAGE_SINCE)
+    if since is not None and all(found.shapes.get(key) == slots for key in keys):
+        setup.usage.first_sample = since
+        return True
+    setup.usage.first_sample = found.common["consumed_samples"]
+    notify("slot usage is counted from here on: the checkpoint holds no counts of these slots")
+    return False
 
 
 def _generators_fit(setup: TrainingSetup, found: Found, notify: Notify) -> bool:

@@ -99,6 +99,7 @@ class CheckpointSaver:
         model = state.sharded_model(setup.model)
         saved: state.StateDict = {
             **model,
+            **state.sharded_usage(setup),
             "iteration": position.iteration,
             "consumed_samples": position.consumed_samples,
             "vocab_size": self._vocab_size,

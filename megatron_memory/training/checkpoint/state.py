@@ -3,6 +3,7 @@
 | part | how it is stored |
 |---|---|
 | `model`, `optimizer` | whole tensors by name, each cut over the ranks: any layout can load them |
+| `usage` | each memory layer's sums of read weights, cut likewise; not in every checkpoint |
 | `rng_state` | one object a rank: for the same layout only |
 | `opt_param_scheduler`, `position`, `layout`, `vocab_size` | plain values, written by rank 0 |
 """
@@ -22,6 +23,9 @@ from megatron_memory.training.setup import TrainingSetup, data_parallel_group
 from megatron_memory.training.wrapping import unwrap
 
 StateDict = dict[str, Any]
+
+USAGE_SINCE = "usage_since_sample"
+"""Sequences of the training data that were used before the slots' reads were counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,14 @@ def sharded_optimizer(setup: TrainingSetup, model: StateDict, *, is_loading: boo
             chunks, is_loading=is_loading, metadata=metadata
         )
     }
+
+
+def sharded_usage(setup: TrainingSetup) -> StateDict:
+    """How much each slot was read, and since when; {} where it is not counted. A collective
+    call."""
+    if not setup.usage.is_on:
+        return {}
+    return {"usage": setup.usage.sharded_totals(), USAGE_SINCE: setup.usage.first_sample}
 
 
 def _let_momentum_load(setup: TrainingSetup) -> None:

@@ -138,6 +138,7 @@ def _go_on(config: Config, chunk: int, folder: Path) -> Moved:
 def _compared(setup: TrainingSetup, saved: Tensors) -> dict[str, bool]:
     model = state.sharded_model(setup.model)
     ours = model | state.sharded_optimizer(setup, model, is_loading=False)
+    ours |= state.sharded_usage(setup)
     apply_factories(ours)
     kept: dict[str, bool] = {}
     for part in nested_values(ours):
