@@ -16,6 +16,8 @@ from megatron_memory.config import (
     TrainingConfig,
     check_values,
 )
+from megatron_memory.config.checks_memory import memory_problems
+from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.decoder import check_is_like_llama, check_size, decoder_rules
 from megatron_memory.conversion.folders import tokenizer_files
 from megatron_memory.conversion.hf_card import model_card
@@ -97,7 +99,7 @@ def read_hf(load: Path) -> SavedState:
 
 
 def _family_called(values: Mapping[str, Any], load: Path) -> Family:
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type == MODEL_TYPE:
         return memory_family(bool(values.get("qk_norm")))
     if model_type not in FAMILIES:
@@ -168,6 +170,7 @@ def config_of(
         )
         check_values(config)
         check_size(config, stored)
+        raise_problems(memory_problems(config))
     except (ConfigurationError, CheckpointError) as error:
         raise CheckpointError(f"{load / CONFIG}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

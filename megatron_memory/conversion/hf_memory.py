@@ -213,9 +213,11 @@ def memory_of(values: Mapping[str, Any]) -> MemoryConfig:
 
     Raises:
         KeyError, TypeError, ValueError: a setting is missing, or of another kind.
-        ConfigurationError: it has a value that is not allowed.
+        CheckpointError: nothing says which layers share a table.
     """
     groups = values["memory_share_groups"]
+    if values["memory_share_scope"] == "stage" and not groups:
+        raise CheckpointError("memory_share_scope 'stage': memory_share_groups says which layers")
     named = {name: f"memory_{name}" for name in _SETTINGS}
     settings: dict[str, Any] = {o: values[t] for o, t in named.items() if t in values}
     return MemoryConfig(

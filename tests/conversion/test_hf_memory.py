@@ -174,6 +174,58 @@ def test_a_table_larger_than_a_file_is_several_parameters(exported):
     assert max(sizes) < 4096 * 32 * 4 + 4096
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_type", ["memory_llama"]),
+        ("memory_layers", [1, 1]),
+        ("memory_layers", [1, 9]),
+        ("memory_layers", 3),
+        ("memory_variant", "memory"),
+        ("memory_share_scope", "stage"),
+        ("memory_share_groups", [[1], [2]]),
+        ("memory_top_k", 9),
+        ("memory_num_half_keys", 10**6),
+        ("memory_num_half_keys", 16),
+        ("memory_gated", "yes"),
+        ("memory_value_dim", 2**60),
+    ],
+)
+def test_a_damaged_configuration_is_refused(name, value, exported, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(exported["memory+"].folder, folder)
+    values = json.loads((folder / "config.json").read_text())
+    scope = {"memory_share_scope": "stage"} if name == "memory_share_groups" else {}
+    (folder / "config.json").write_text(json.dumps(values | scope | {name: value}))
+    with pytest.raises(CheckpointError, match="config"):
+        read_hf(folder)
+
+
+@pytest.mark.parametrize("name", ["memory+-with-all", "peer", "llama3-rope"])
+def test_what_transformers_saves_is_read(name, exported, tmp_path):
+    """In the spelling of its present version, which differs from the exported one."""
+    case = exported[name]
+    load_for_evaluation(case.folder).save_pretrained(tmp_path, max_shard_size="100KB")
+    back = read_hf(tmp_path)
+    assert back.config.model == case.state.config.model
+    assert dataclasses.replace(back.config.memory, **_of_training(case.state)) == (
+        case.state.config.memory
+    )
+    for weight, tensor in case.state.weights.items():
+        assert torch.equal(back.weights[weight].read(), tensor.read()), weight
+
+
+def test_bf16(exported, tmp_path):
+    state = exported["memory+"].state
+    write_hf(state, tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert "| type of the weights | bfloat16 |" in (tmp_path / "README.md").read_text()
+    back = read_hf(tmp_path)
+    assert back.config.precision.bf16
+    for weight, tensor in state.weights.items():
+        assert torch.equal(back.weights[weight].read(), tensor.read().bfloat16()), weight
+
+
 @pytest.mark.parametrize("damage", ["missing", "other rows"])
 def test_a_table_with_wrong_parts_is_refused(damage, exported):
     case = exported["peer"]
