@@ -152,6 +152,24 @@ def test_what_was_not_checked_is_said(capsys: pytest.CaptureFixture):
     ]
 
 
+def test_memory_beside_the_mlp_keeps_its_parameters_and_flops(capsys: pytest.CaptureFixture):
+    memory = ["--memory-layers", "4,12,20"]
+    beside, without = (
+        _lines([*PAPER, *memory, *more], capsys) for more in (["--memory-beside-mlp"], [])
+    )
+    assert any("20 (counted from 0), beside their MLPs, one table" in line for line in beside)
+    three_mlps = 3 * 3 * 2048 * 5632
+    assert _number(beside, "Parameters: ") - _number(without, "Parameters: ") == three_mlps
+    # Forward and backward are six operations a weight.
+    flops = [_number(lines, "FLOPs of a training token: ") for lines in (beside, without)]
+    assert flops[0] - flops[1] == 6 * three_mlps
+
+
+def _number(lines: list[str], prefix: str) -> int:
+    line = next(line for line in lines if line.startswith(prefix))
+    return int(line.removeprefix(prefix).split()[0].rstrip(";,").replace(",", ""))
+
+
 def test_model_without_memory(capsys: pytest.CaptureFixture):
     lines = _lines(PAPER, capsys)
     assert not any("values:" in line or "memory layers" in line for line in lines)

@@ -100,6 +100,7 @@ ARCHITECTURES = [
     ("memory", {"layers": "0,1"}, "--memory-layers 1 there, 0,1 here"),
     ("memory", {"layers": None}, "--memory-layers 1 there, none here"),
     ("memory", {"share_scope": "layer"}, "--memory-share-scope model there, layer here"),
+    ("memory", {"beside_mlp": True}, "--memory-beside-mlp False there, True here"),
     ("memory", {"qk_norm": True}, "--memory-qk-norm False there, True here"),
 ]
 
