@@ -48,7 +48,7 @@ quickstart: $(READY) ## train a small memory model on real text, resume it, ask 
 	$(PYTHON) examples/quickstart/run.py $(ARGS)
 
 test: $(READY) $(SECOND_TRITON) ## run the tests; fewer with TESTS=tests/memory, more flags with ARGS="-x -v"
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(TESTS) $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 test-parallel: $(READY) ## every pair of parallel settings against one rank, up to 8 processes; 20 minutes on 2 cores
 	$(PYTHON) -m pytest tests/parallel -m matrix $(ARGS)
