@@ -22,8 +22,9 @@ tags:
 
 # A language model with memory layers
 
-A decoder like Llama's, in which {which} {place}: for each token it reads {reads} of {slots:,} rows
-of a trained table, found by product keys ("Memory Layers at Scale",
+A decoder like Llama's, in which {which}
+{place}. For each token such a layer reads {reads} of {slots:,} rows of a trained
+table, found by product keys ("Memory Layers at Scale",
 [arXiv 2412.09764](https://arxiv.org/abs/2412.09764)). Trained with megatron-memory.
 
 | | |
@@ -82,7 +83,7 @@ def model_card(state: SavedState, dtype: torch.dtype, *, has_tokenizer: bool) ->
     which = f"layer {numbers} (counted from 0) has"
     if len(layers) > 1:
         which = f"layers {numbers} (counted from 0) have"
-    beside = "a memory beside its MLP" if memory.beside_mlp else "a memory in the MLP's place"
+    beside = "a memory beside the MLP" if memory.beside_mlp else "a memory in the MLP's place"
     rows = {**_shape(config), **_parameters(state, dtype), **_training(state)}
     return _TEXT.format(
         which=which,

@@ -27,6 +27,8 @@ _PROBES = (
     "",
 )
 _NUM_RANDOM_PROBES = 200
+_SETTINGS = "tokenizer_config.json"
+_INPUTS = ["input_ids", "attention_mask"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +61,26 @@ def write_tokenizer(state: SavedState, folder: Path) -> ExportedTokenizer:
         note = "no tokenizer is at hand; name its folder with --tokenizer-model"
         return ExportedTokenizer(special_tokens=_NO_TOKENS, is_there=False, note=note)
     if tokenizer_files(tokenizer):
+        tokens = _special_tokens(tokenizer)
         copy_tokenizer(tokenizer, folder)
-        return ExportedTokenizer(special_tokens=_special_tokens(tokenizer), is_there=True)
+        _name_inputs(folder / _SETTINGS)
+        return ExportedTokenizer(special_tokens=tokens, is_there=True)
     if tokenizer.suffix == ".model":
         return _write_sentencepiece(tokenizer, folder)
     note = f"{tokenizer}: transformers does not read such a tokenizer, and none is written"
     return ExportedTokenizer(special_tokens=_NO_TOKENS, is_there=False, note=note)
+
+
+def _name_inputs(settings_file: Path) -> None:
+    """Say what a decoder takes: transformers 4 gives it token types too, which it refuses."""
+    if settings_file.is_file():
+        settings = json.loads(settings_file.read_text("utf-8"))
+        settings.setdefault("model_input_names", _INPUTS)
+        settings_file.write_text(_json(settings), "utf-8")
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def _special_tokens(folder: Path) -> Tokens:
@@ -105,8 +121,8 @@ def _write_sentencepiece(file: Path, folder: Path) -> ExportedTokenizer:
         for name, number in tokens.items()
         if number is not None
     }
-    settings |= {"clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    settings |= {"clean_up_tokenization_spaces": False, "model_input_names": _INPUTS}
+    (folder / _SETTINGS).write_text(_json(settings), "utf-8")
     return ExportedTokenizer(special_tokens=tokens, is_there=True)
 
 

@@ -157,7 +157,7 @@ def test_the_card_says_what_it_is(exported):
     total = sum(tensor.read().numel() for tensor in state.weights.values())
     # The table: 64 rows of 32.
     assert f"| parameters | {total:,}, of which 2,048 in tables |" in card
-    assert "layers 1, 3 (counted from 0) have a memory in the MLP's place" in card
+    assert "layers 1, 3 (counted from 0) have\na memory in the MLP's place" in card
     assert "| optimizer steps | 24 |" in card
     assert f"| training data | {192 * SEQUENCE:,} tokens" in card
     assert "No tokenizer" in card
@@ -170,6 +170,11 @@ def test_a_table_larger_than_a_file_is_several_parameters(exported):
     chunks = [name for name in index["weight_map"] if ".chunks." in name]
     # 64 rows of 32 fp32 in parts of at most 4000 bytes: 3 of 22, 22 and 20 rows; two tables.
     assert len(chunks) == 6
+    name = "memory.shared.values_v.weight"
+    table, state = read_hf(exported["peer"].folder).weights[name], exported["peer"].state
+    for begin, end in ((0, 1), (5, 41), (22, 44), (43, 64)):
+        rows = state.weights[name].read_rows(begin, end)
+        assert torch.equal(table.read_rows(begin, end), rows)
     sizes = {p.stat().st_size for p in exported["peer"].folder.glob("*.safetensors")}
     assert max(sizes) < 4096 * 32 * 4 + 4096
 

@@ -1,6 +1,7 @@
 """The tokenizer of an exported folder gives the tokens of the training's, or is not there."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,12 @@ def test_others_are_named(tmp_path):
     assert "tiktoken.json" in write_tokenizer(_state(vocabulary, "TikTokenizer"), tmp_path).note
     copied = write_tokenizer(_state(TOKENIZER, "HuggingFaceTokenizer"), tmp_path)
     assert copied.is_there and copied.special_tokens == {"bos_token_id": 0, "eos_token_id": 0}
+    assert set(AutoTokenizer.from_pretrained(tmp_path)("a b")) == {"input_ids", "attention_mask"}
+    # By itself, for transformers 4 has another default.
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    original = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+    assert original.items() <= settings.items()
 
 
 def test_a_damaged_one_is_refused(tmp_path):
