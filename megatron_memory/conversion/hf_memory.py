@@ -188,6 +188,12 @@ def _biases(values: Mapping[str, Any]) -> str:
 
 def _own_values(model: ModelConfig) -> dict[str, Any]:
     has_bias = not model.disable_bias_linear
+    if model.hidden_size % model.num_attention_heads:
+        raise CheckpointError(
+            f"--to hf: --hidden-size {model.hidden_size} is no multiple of --num-attention-heads "
+            f"{model.num_attention_heads}, which transformers' Llama insists on, whatever "
+            "--kv-channels is. It cannot be converted"
+        )
     return {
         "auto_map": _CLASSES,
         "head_dim": model.kv_channels,

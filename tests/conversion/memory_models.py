@@ -45,9 +45,17 @@ CASES: dict[str, tuple[str, dict]] = {
         {"model": {"num_query_groups": 2, "kv_channels": 16, "qk_layernorm": True}},
     ),
     "biases": ("memory+", {"model": {"disable_bias_linear": False}}),
+    # A head as wide as this has pairs that turn slowly enough to be scaled.
     "llama3-rope": (
         "memory+",
-        {"model": {"use_rope_scaling": True, "rope_scaling_factor": 4.0, "rotary_base": 500}},
+        {
+            "model": {
+                "use_rope_scaling": True,
+                "rope_scaling_factor": 4.0,
+                "rotary_base": 16000,
+                "kv_channels": 32,
+            }
+        },
     ),
     "pairs": ("memory+", {"model": {"rotary_interleaved": True, "qk_layernorm": True}}),
 }

@@ -248,6 +248,14 @@ def test_a_memory_model_is_of_no_other_family(exported, tmp_path):
         write_hf(exported["memory+"].state, tmp_path, model_type="llama")
 
 
+def test_heads_that_llama_refuses_are_refused_here(exported, tmp_path):
+    state = exported["like-qwen3"].state
+    model = dataclasses.replace(state.config.model, num_attention_heads=6)
+    state = dataclasses.replace(state, config=dataclasses.replace(state.config, model=model))
+    with pytest.raises(CheckpointError, match="--num-attention-heads 6"):
+        write_hf(state, tmp_path)
+
+
 def test_code_in_a_folder_is_not_run_here(exported, tmp_path):
     folder = tmp_path / "hostile"
     shutil.copytree(exported["memory+"].folder, folder)
