@@ -195,9 +195,11 @@ def test_verify_names_the_first_bad_id(tmp_path, pairs, capsys):
     assert run("verify", *pairs, "--vocab-size", 1000) == 0
     assert "token ids from" in capsys.readouterr().out
     data = IndexedDataset(pairs[0])
-    sequence = 17
+    bounds = data.document_indices.tolist()
+    # The first sequence of a document that has some, behind one that has none.
+    document = next(d for d in range(5, 20) if bounds[d - 1] == bounds[d] < bounds[d + 1])
+    sequence = bounds[document]
     position = int(data.sequence_lengths[:sequence].sum())
-    document = int(np.searchsorted(data.document_indices, sequence, side="right")) - 1
     with open(f"{pairs[0]}.bin", "r+b") as stream:
         stream.seek(2 * position)
         stream.write(struct.pack("<H", 1000))

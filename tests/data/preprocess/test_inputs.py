@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_memory.data.preprocess import pipeline, sources, streams
+from megatron_memory.data.preprocess import parquet, pipeline, sources, streams
 from megatron_memory.data.preprocess.inputs import expand_inputs
 from megatron_memory.exceptions import ConfigurationError, DataError
 from tests.data.preprocess.test_resume import (
@@ -75,6 +75,7 @@ def test_each_kind_can_be_gone_on_with(tmp_path, monkeypatch, often, name, num_b
     with monkeypatch.context() as patch:
         interrupt_after(patch, num_blocks, KeyboardInterrupt())
         assert run(tmp_path, inputs=[path]) == 1
+    monkeypatch.setattr(parquet, "_BLOCK_BYTES", 700)
     assert run(tmp_path, "--resume", inputs=[path]) == 0
     manifest = assert_complete(tmp_path)
     (tmp_path / "again").mkdir()

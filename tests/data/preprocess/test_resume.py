@@ -74,6 +74,7 @@ def test_resumed_output_is_that_of_one_run(
     assert run(tmp_path, "--workers", "2", "--resume", inputs=inputs) == 0
     assert "--resume: going on after" in capsys.readouterr().err
     manifest = assert_complete(tmp_path)
+    assert [source["lines"] for source in manifest["sources"]] == [90, 120, 95]
     (tmp_path / "again").mkdir()
     assert run(tmp_path / "again", inputs=inputs) == 0
     assert manifest == assert_complete(tmp_path / "again")
@@ -106,7 +107,7 @@ _KILL_AT_20 = """
 add = outputs.Outputs.add
 def add_or_die(self, block):
     if self.num_documents() > 120:
-        self._writers["text"]._tokens.write(b"half a block")
+        self._writers["text"]._tokens.write(bytes(100_000))
         self._writers["text"]._tokens.flush()
         with open(self.journal.path, "ab") as stream:
             stream.write(b'{"extents": {"cut o')
