@@ -1,6 +1,7 @@
 """Figures of tensors against torch on the whole tensor."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from megatron_memory.conversion import lazy
 from megatron_memory.conversion.lazy import LazyTensor, from_memory
+from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
 from megatron_memory.inspection import figures as figures_module
 from megatron_memory.inspection.figures import figures_of
+from tests.memory_growth import growth
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +92,7 @@ def test_rows_of_tables(width: int, dtype: torch.dtype):
     table = _random(60, width, dtype=dtype)
     table[[3, 30, 59]] = 0
     table[[40, 50]] = table[2].clone()
-    # Not the same rows: signs that a plain sum of products would lose.
+    # Not the same rows, though their sums may be.
     table[10] = table[9]
     table[10, :2] = -table[9, :2]
     table[12] = table[11].flip(0)
@@ -107,6 +110,24 @@ def test_tiny_keys():
     assert _figures(keys, "decoder.layers.1.mlp.router.keys").num_tiny_keys == 2
     assert _figures(keys.view(-1, 4), "model.layers.1.feed_forward.keys").num_tiny_keys == 2
     assert _figures(keys, "decoder.layers.1.mlp.keys").num_tiny_keys is None
+
+
+def test_memory_is_that_of_a_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A table of 96 MiB in blocks of 4: read, and each number widened to fp64 a slice at a time."""
+    monkeypatch.setattr(lazy, "_BLOCK_BYTES", 4 * 2**20)
+    monkeypatch.setattr(figures_module, "_SLICE", 2**16)
+    block = _random(64, 1024)
+    table = LazyTensor(
+        shape=(24 * 1024, 1024),
+        dtype=torch.float32,
+        read_rows=lambda begin, end: block.repeat(-(-(end - begin) // 64), 1)[: end - begin],
+    )
+    write_weight_files(tmp_path, {"values.weight": table}, 10**12)
+    stored = read_weight_files(tmp_path)["values.weight"]
+    found = []
+    grown = growth(lambda: found.append(figures_of("values.weight", stored, with_digest=True)))
+    assert grown < 24 * 2**20
+    assert found[0].num_repeated_rows == 24 * 1024 - 64
 
 
 def test_a_block_at_a_time():
