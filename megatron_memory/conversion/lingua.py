@@ -123,8 +123,8 @@ def read_lingua_back(save: Path, config: Config) -> tuple[Tensors, dict[str, Ten
     Raises:
         CheckpointError: something is missing, left over or damaged.
     """
-    folder = _locate(save)
-    rules, stored = lingua_rules(config), _stored(folder)
+    folder = locate_lingua(save)
+    rules, stored = lingua_rules(config), stored_tensors(folder)
     moments = {kind: _moments(rules, stored, kind, folder) for kind in _MOMENTS}
     return (
         to_ours(rules, _under(stored, _MODEL), folder),
@@ -138,9 +138,9 @@ def read_lingua(load: Path) -> SavedState:
     Raises:
         CheckpointError: there is none, it is damaged, or a setting has no equal here.
     """
-    folder = _locate(load)
+    folder = locate_lingua(load)
     params = _read_json(folder / PARAMS)
-    stored = _stored(folder)
+    stored = stored_tensors(folder)
     weights = _under(stored, _MODEL)
     vocab = weights.get(_NAMES.embedding)
     if vocab is None:
@@ -167,7 +167,12 @@ def read_lingua(load: Path) -> SavedState:
     )
 
 
-def _locate(load: Path) -> Path:
+def locate_lingua(load: Path) -> Path:
+    """The folder of the checkpoint that a path means: the newest of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if (load / PARAMS).is_file():
         return load
     runs = load / "checkpoints" if (load / "checkpoints").is_dir() else load
@@ -180,8 +185,12 @@ def _locate(load: Path) -> Path:
     return saved[-1]
 
 
-def _stored(folder: Path) -> Tensors:
-    """All tensors, as in the sharded files: model.*, optim.*."""
+def stored_tensors(folder: Path) -> Tensors:
+    """All tensors of a checkpoint's folder, as in the sharded files: model.*, optim.*.
+
+    Raises:
+        CheckpointError: its list of tensors is missing or damaged, or holds code.
+    """
     path = folder / CONSOLIDATED
     if not path.is_file():
         metadata = read_metadata(folder)

@@ -39,8 +39,8 @@ def read_weight_files(folder: Path) -> Tensors:
         CheckpointError: a file is missing, damaged, or holds code.
     """
     for one_file, index, read in (
-        (_ONE_FILE, _INDEX, _safetensors),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", _pickled),
+        (_ONE_FILE, _INDEX, read_safetensors),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", read_pickled),
     ):
         if (folder / index).is_file():
             return _of_index(folder, folder / index, read)
@@ -68,7 +68,12 @@ def _of_index(folder: Path, index: Path, read: Callable[[Path], Tensors]) -> Ten
     return tensors
 
 
-def _safetensors(path: Path) -> Tensors:
+def read_safetensors(path: Path) -> Tensors:
+    """The tensors of one file.
+
+    Raises:
+        CheckpointError: it is damaged, or of a type that is not known.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -96,7 +101,12 @@ def _read_rows(path: Path, name: str, begin: int, end: int) -> Tensor:
         raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
 
 
-def _pickled(path: Path) -> Tensors:
+def read_pickled(path: Path) -> Tensors:
+    """The tensors of one file as torch writes it.
+
+    Raises:
+        CheckpointError: it is damaged, or holds code.
+    """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: from_memory(tensor) for name, tensor in loaded.items()}

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_memory.conversion.dcp_files import StoredTensors
-from megatron_memory.conversion.lingua import CONSOLIDATED, _locate, _stored
+from megatron_memory.conversion.lingua import CONSOLIDATED, locate_lingua, stored_tensors
 from megatron_memory.conversion.options import Format
-from megatron_memory.conversion.safetensors_files import _pickled, _safetensors
+from megatron_memory.conversion.safetensors_files import read_pickled, read_safetensors
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.integrity import (
     METADATA_FILE,
-    _lengths,
     read_metadata,
+    stored_lengths,
 )
 from megatron_memory.training.checkpoint.loader import locate
 
@@ -25,7 +25,7 @@ def folder_of(load: Path, format_name: Format) -> Path:
         CheckpointError: there is none.
     """
     if format_name == "lingua" and not (load / CONSOLIDATED).is_file():
-        return _locate(load)
+        return locate_lingua(load)
     # A checkpoint's folder may have been renamed.
     if format_name == "megatron" and not (load / METADATA_FILE).is_file():
         folder = locate(load)
@@ -51,7 +51,7 @@ def read_files(folder: Path, format_name: Format) -> tuple[Tensors, list[str]]:
 def _read_dcp(folder: Path) -> tuple[Tensors, list[str]]:
     metadata = read_metadata(folder)
     problems = []
-    for name, length in sorted(_lengths(metadata, folder).items()):
+    for name, length in sorted(stored_lengths(metadata, folder).items()):
         file = folder / name
         if not file.is_file():
             problems.append(f"{file} is missing")
@@ -63,15 +63,15 @@ def _read_dcp(folder: Path) -> tuple[Tensors, list[str]]:
 
 def _read_lingua(folder: Path) -> tuple[Tensors, list[str]]:
     if (folder / CONSOLIDATED).is_file():
-        return _stored(folder), []
+        return stored_tensors(folder), []
     return _read_dcp(folder)
 
 
 def _read_hf(folder: Path) -> tuple[Tensors, list[str]]:
     tensors: Tensors = {}
     problems = []
-    files = dict.fromkeys(sorted(folder.glob("*.safetensors")), _safetensors)
-    pickled = dict.fromkeys(sorted(folder.glob("pytorch_model*.bin")), _pickled)
+    files = dict.fromkeys(sorted(folder.glob("*.safetensors")), read_safetensors)
+    pickled = dict.fromkeys(sorted(folder.glob("pytorch_model*.bin")), read_pickled)
     for path, read in (files or pickled).items():
         try:
             tensors |= read(path)

@@ -112,7 +112,7 @@ def check_stored(folder: Path, metadata: Metadata) -> None:
     Raises:
         CheckpointError: what is damaged, missing or truncated.
     """
-    for name, end in _lengths(metadata, folder).items():
+    for name, end in stored_lengths(metadata, folder).items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
@@ -121,8 +121,12 @@ def check_stored(folder: Path, metadata: Metadata) -> None:
             raise CheckpointError(f"{file} is truncated: {size} bytes of at least {end}")
 
 
-def _lengths(metadata: Metadata, folder: Path) -> dict[str, int]:
-    """The bytes that each file must have at least, by its name."""
+def stored_lengths(metadata: Metadata, folder: Path) -> dict[str, int]:
+    """The bytes that each file must have at least, by its name.
+
+    Raises:
+        CheckpointError: the list is damaged, or names a file outside of the checkpoint.
+    """
     lengths: dict[str, int] = {}
     try:
         for stored in metadata.storage_data.values():
