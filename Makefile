@@ -62,9 +62,10 @@ lint: $(READY) ## ruff (rules and format), mypy, codespell
 	$(PYTHON) -m mypy
 	$(PYTHON) -m codespell_lib
 
-bench: $(READY) ## the kernels' CPU paths against torch's, then the training step against the dense model's
+bench: $(READY) ## the kernels' CPU paths against torch's, the training step against the dense model's, preprocessing
 	$(PYTHON) kernels/benchmarks/run.py bag retrieval --device cpu $(ARGS)
 	$(PYTHON) tools/benchmark.py train-step --rounds 2
+	$(PYTHON) tools/benchmark.py preprocess
 
 gpu: ## GPU tests and benchmarks with the Python that is there; installs nothing. REFERENCE= RESULTS= COMMIT=
 	@$(PYTHON_AT_HAND) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || { \
