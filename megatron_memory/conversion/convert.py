@@ -1,6 +1,7 @@
 """One conversion, from its options to its report."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
             )
         state = dataclasses.replace(state, tokenizer=Path(target.tokenizer_model))
     if target.weights_only:
+        # The exact weights are the optimizer's, and what is asked for all the same.
+        if target.dtype == "fp32":
+            state = dataclasses.replace(state, weights=state.exact_weights)
         return state.without_optimizer()
     if state.moments and target.target_format == "hf":
         notify("note: the format has no place for an optimizer's state, which is left out")
@@ -137,6 +141,12 @@ def _verify(state: SavedState, conversion: Conversion, dtype: torch.dtype, notif
     report = compare_logits(state, source.source_format, load, target.target_format, save, dtype)
     notify(f"verified: {report}")
     tolerance = conversion.checking.tolerance
+    if not math.isfinite(report.largest_logit):
+        raise CheckpointError(
+            f"--verify: the logits of {load} are no finite numbers, so that there is nothing to "
+            f"compare: {save} holds the same bits, and no more is known. "
+            f"tools/inspect_checkpoint.py {load} names the tensors with NaN or infinity"
+        )
     if not report.relative <= tolerance:
         raise CheckpointError(
             f"--verify: the logits differ by {report.relative:.3g} of the largest, more than "

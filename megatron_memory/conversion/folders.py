@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ def output_folder(save: Path) -> Iterator[Path]:
             the disk is full.
     """
     _check_is_free(save)
-    temporary = save.with_name(f".{save.name}.{os.getpid()}.tmp")
+    # Processes on other hosts, and the one that was killed here before, may have the same number.
+    temporary = save.with_name(f".{save.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -32,6 +34,10 @@ def output_folder(save: Path) -> Iterator[Path]:
 
 
 def _check_is_free(save: Path) -> None:
+    if save.is_symlink():
+        raise CheckpointError(
+            f"--save {save}: is a symbolic link, which a folder cannot replace. Name a new folder"
+        )
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise CheckpointError(
             f"--save {save}: is there already, and is not empty. Name a new folder, or remove it"

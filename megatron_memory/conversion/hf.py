@@ -104,7 +104,7 @@ def _family_called(values: Mapping[str, Any], load: Path) -> Family:
         return memory_family(bool(values.get("qk_norm")))
     if model_type not in FAMILIES:
         raise CheckpointError(
-            f"{load / CONFIG}: model_type {model_type!r} is none of those that are read: "
+            f"{load / CONFIG}: model_type {model_type} is none of those that are read: "
             f"{', '.join([*FAMILIES, MODEL_TYPE])}"
         )
     return FAMILIES[model_type]
@@ -125,6 +125,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder}: holds no {CONFIG}: no Hugging Face model. Check the path, and --from"
+        )
     try:
         values = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

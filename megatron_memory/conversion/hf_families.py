@@ -208,13 +208,18 @@ def _positions(values: Mapping[str, Any]) -> tuple[int, list[str]]:
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers 5 has one entry for both, transformers 4 two.
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    # transformers 5 has one entry for both, transformers 4 two, and the latter's wins.
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    by_layer_type = [name for name, value in rope.items() if isinstance(value, Mapping)]
+    if by_layer_type:
+        raise CheckpointError(
+            f"rope_parameters for {' and '.join(by_layer_type)}: all layers rotate alike here"
+        )
     base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if int(base) != base:
         raise CheckpointError(f"rope_theta {base}: must be a whole number here")
-    if values.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) not in (1, None):
+    if any(of.get("partial_rotary_factor") not in (1, None) for of in (values, rope)):
         raise CheckpointError("partial_rotary_factor: only whole heads are rotated here")
     if kind == "default":
         return {"rotary_base": int(base)}

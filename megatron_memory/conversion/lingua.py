@@ -79,14 +79,20 @@ def lingua_rules(config: Config) -> list[Rule]:
 
 
 def _check_memory(config: Config) -> None:
-    memory = config.memory
+    memory, pools = config.memory, memory_pools(config)
     unlike = {
         "--memory-qk-norm": memory.qk_norm,
         "--memory-softmax-sink": memory.softmax_sink,
         "--memory-beside-mlp": memory.beside_mlp,
+        # It knows one table for all layers, or one for each.
+        "several tables, some of them of several layers (--memory-share-groups),": (
+            len(pools) > 1 and any(len(pool.layers) > 1 for pool in pools)
+        ),
     }
     found = [flag for flag, is_so in unlike.items() if is_so and memory.enabled]
     model = config.model
+    if model.use_rope_scaling:
+        found.append("--use-rope-scaling")
     if model.add_qkv_bias or not model.disable_bias_linear:
         found.append("biases in attention or MLPs")
     if found:
@@ -279,7 +285,8 @@ def write_lingua(state: SavedState, folder: Path, dtype: torch.dtype | None = No
     iteration = folder / "checkpoints" / f"{state.iteration:010d}"
     iteration.mkdir(parents=True)
     # The optimizer works on the weights themselves there: the exact ones go along with it.
-    source = state.exact_weights if state.moments and dtype is None else state.weights
+    is_exact = dtype == torch.float32 or (dtype is None and bool(state.moments))
+    source = state.exact_weights if is_exact else state.weights
     weights = to_theirs(rules, source, "the model")
     tensors = {_MODEL + n: t.to(dtype or t.dtype) for n, t in weights.items()}
     objects: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from megatron_memory.config import (
     TrainingConfig,
     check_values,
 )
-from megatron_memory.config.pools import memory_layers
+from megatron_memory.config.pools import memory_layers, memory_pools
 from megatron_memory.conversion.decoder import check_size
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
@@ -243,7 +243,7 @@ def _productkey_args(config: Config) -> dict[str, Any]:
         "mem_n_keys": memory.num_half_keys,
         "mem_heads": memory.num_heads,
         "mem_knn": memory.top_k,
-        "mem_share_values": memory.share_scope == "model",
+        "mem_share_values": memory.share_scope != "layer" and len(memory_pools(config)) == 1,
         "mem_k_dim": memory.key_dim,
         "mem_v_dim": -1 if memory.value_dim == config.model.hidden_size else memory.value_dim,
         "swilu_projection": memory.variant == "memory+",

@@ -18,8 +18,8 @@ class Source:
     """What is read."""
 
     source_format: Format = option(synonyms=("from",))
-    """megatron: a training's checkpoint of this program; lingua: of the memory paper's public
-    reference, sharded or consolidated; hf: a Hugging Face folder."""
+    """What is read. megatron: a training's checkpoint of this program; lingua: of the memory
+    paper's public reference, sharded or consolidated; hf: a Hugging Face folder."""
     load: str
     """Folder to read: of a run (its newest checkpoint), or of one checkpoint."""
 
@@ -29,7 +29,7 @@ class Target:
     """What is written."""
 
     target_format: Format = option(synonyms=("to",))
-    """The same formats."""
+    """What is written: megatron, lingua or hf."""
     save: str
     """New folder to write; it appears when it is complete."""
     dtype: Literal["fp32", "bf16"] | None = None

@@ -204,6 +204,26 @@ def test_what_is_there_is_kept(tmp_path: Path):
     assert (tmp_path / "old" / "file").read_text() == "mine"
 
 
+def test_a_folder_of_a_process_with_the_same_number_is_kept(tmp_path: Path, monkeypatch):
+    """Of another host, or of one that was killed."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with output_folder(tmp_path / "out") as first:
+        with output_folder(tmp_path / "out") as second:
+            (second / "file").write_text("second")
+        shutil.rmtree(tmp_path / "out")
+        (first / "file").write_text("first")
+    assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_a_symbolic_link_is_told_before_the_work(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with (
+        pytest.raises(CheckpointError, match="symbolic link"),
+        output_folder(tmp_path / "link"),
+    ):
+        raise AssertionError("it must not start")
+
+
 _ON_A_SMALL_DISK = """
 import subprocess, sys, torch
 from pathlib import Path

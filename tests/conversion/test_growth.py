@@ -186,10 +186,13 @@ def test_new_half_keys_are_shorter_or_turned_with_noise(name: str, trained, tmp_
     assert noise.square().mean().sqrt().item() == pytest.approx(0.01, rel=0.2)
 
 
+@pytest.mark.parametrize("difference", [0.1, float("nan")])
 @pytest.mark.parametrize("subcommand", ["add-memory", "grow"])
-def test_a_model_that_is_not_the_same_is_not_written(subcommand, trained, tmp_path, monkeypatch):
+def test_a_model_that_is_not_the_same_is_not_written(
+    subcommand, difference, trained, tmp_path, monkeypatch
+):
     differs = LogitsReport(
-        largest_difference=0.1, largest_logit=1.0, num_tokens=32, num_agreeing=31
+        largest_difference=difference, largest_logit=1.0, num_tokens=32, num_agreeing=31
     )
     change = Change(logits=differs, losses=None, new_reads=None)
     monkeypatch.setattr(command, "probe", lambda *_: change)

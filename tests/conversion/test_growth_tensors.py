@@ -9,9 +9,12 @@ from megatron_memory.conversion import lazy
 from megatron_memory.conversion.dcp_files import write_dcp
 from megatron_memory.conversion.growth.add import largest_first_update
 from megatron_memory.conversion.growth.half_keys import _turned, are_new, stretched_table
+from megatron_memory.conversion.growth.options import Checkpoints
+from megatron_memory.conversion.growth.tensors import changed
 from megatron_memory.conversion.growth.value_dim import _check
 from megatron_memory.conversion.lazy import LazyTensor, from_memory
-from megatron_memory.exceptions import ConfigurationError
+from megatron_memory.conversion.saved_state import SavedState
+from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from megatron_memory.memory.initialization import FreshColumns
 from megatron_memory.runtime.adam import FusedAdam
 from memory_kernels import product_key_topk
@@ -74,6 +77,13 @@ def test_a_projection_of_pkm_is_not_lost():
     with pytest.raises(ConfigurationError, match="--value-dim 32 is the hidden size"):
         _check(config, 32)
     _check(config, 40)
+
+
+def test_unknown_states_are_refused_with_a_flag_that_there_is():
+    state = SavedState(config=tiny_config("pkm"), vocab_size=8, weights={}, moments={"sum": {}})
+    with pytest.raises(CheckpointError, match="--weights-only"):
+        changed(state, lambda kind, name, tensor: tensor)
+    assert Checkpoints(load="a", save="b", weights_only=True)
 
 
 def test_turned_keys_keep_their_length_and_have_the_angle():

@@ -127,6 +127,13 @@ def test_tied_output_that_is_stored_all_the_same(tmp_path: Path):
         ("llama", {"attention_bias": True}, ("attention_bias True", "mlp_bias False")),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, ("yarn", "llama3")),
         ("llama", {"rope_parameters": {"rope_theta": 10000.5}}, ("rope_theta 10000.5",)),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, ("rope_type linear",)),
+        ("qwen2", {"rope_parameters": {"full_attention": {}}}, ("full_attention", "alike")),
+        (
+            "llama",
+            {"partial_rotary_factor": None, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            ("partial_rotary_factor",),
+        ),
         ("llama", {"num_hidden_layers": 3}, ("model.layers.2.", "lacks")),
         ("llama", {"num_hidden_layers": 10**12}, ("tensors, too few",)),
         ("llama", {"hidden_size": "64"}, ("does not describe a model",)),
@@ -147,6 +154,17 @@ def test_what_is_not_built_is_refused(name, changes, parts, tmp_path: Path):
         read_all(state.weights)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_model_whose_logits_are_nan_is_told(tmp_path: Path):
+    """Equal bits, and no logits that could be compared: neither verified nor another model."""
+    save_hf_model("llama", tmp_path / "llama")
+    stored = load_file(tmp_path / "llama" / "model.safetensors")
+    stored["model.norm.weight"][0] = float("nan")
+    save_file(stored, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
+    told = conversion("hf", tmp_path / "llama", "megatron", tmp_path / "out", verify=True)
+    with pytest.raises(CheckpointError, match="no finite numbers"):
+        convert(told, print)
 
 
 def test_missing_shard_is_named(tmp_path: Path):

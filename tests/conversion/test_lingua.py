@@ -1,5 +1,6 @@
 """The public reference's checkpoints: its own logits, tensors and optimizer states."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from megatron_memory.conversion.convert import convert
 from megatron_memory.conversion.dcp_files import StoredTensors
 from megatron_memory.conversion.evaluate import megatron_logits, state_logits
-from megatron_memory.conversion.lingua import read_lingua
+from megatron_memory.conversion.lingua import lingua_rules, read_lingua
+from megatron_memory.conversion.lingua_params import params_of
 from megatron_memory.conversion.megatron import read_megatron
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.integrity import read_metadata
@@ -146,3 +148,25 @@ def test_models_that_the_reference_lacks_are_refused(flag: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match=flag):
         convert(conversion("megatron", tmp_path / "megatron", "lingua", tmp_path / "out"), print)
     assert not (tmp_path / "out").exists()
+
+
+def test_rotary_scaling_and_tables_of_some_layers_are_refused():
+    config = read_lingua(golden_checkpoint("memory_plus")).config
+    scaled = dataclasses.replace(config.model, use_rope_scaling=True)
+    with pytest.raises(CheckpointError, match="--use-rope-scaling"):
+        lingua_rules(dataclasses.replace(config, model=scaled))
+    grouped = dataclasses.replace(config.memory, share_scope="stage", share_groups="1,2;3")
+    with pytest.raises(CheckpointError, match="several tables, some of them of several layers"):
+        lingua_rules(dataclasses.replace(config, memory=grouped))
+
+
+@pytest.mark.parametrize(
+    ("groups", "are_shared"), [("1,2,3", True), ("1;2;3", False)], ids=["one", "each"]
+)
+def test_groups_that_the_reference_knows_are_written(groups: str, are_shared: bool):
+    config = read_lingua(golden_checkpoint("memory_plus")).config
+    memory = dataclasses.replace(config.memory, share_scope="stage", share_groups=groups)
+    config = dataclasses.replace(config, memory=memory)
+    assert lingua_rules(config)
+    args = params_of(config, 64)["model"]["productkey_args"]
+    assert args["mem_share_values"] is are_shared

@@ -12,6 +12,7 @@ from megatron_memory.conversion import verify
 from megatron_memory.conversion.convert import convert
 from megatron_memory.conversion.lazy import from_memory
 from megatron_memory.conversion.megatron import Layout, read_megatron, write_megatron
+from megatron_memory.conversion.options import Checking
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from tests.conversion.states import assert_same_tensors, conversion, golden_checkpoint, read_all
@@ -69,6 +70,13 @@ def test_types(trained: Path, tmp_path: Path):
     ):
         source = tmp_path / "fp32" if name == "again" else trained / "run"
         convert(conversion("megatron", source, "megatron", tmp_path / name, **options), print)
+    options = dict(dtype="fp32", weights_only=True)
+    convert(
+        conversion("megatron", trained / "run", "megatron", tmp_path / "both", **options), print
+    )
+    assert_same_tensors(read_all(read_megatron(tmp_path / "both").weights), exact)
+    lingua = conversion("megatron", trained / "run", "lingua", tmp_path / "lingua", dtype="fp32")
+    convert(dataclasses.replace(lingua, checking=Checking(verify=True)), print)
     fp32, again, alone = (read_megatron(tmp_path / name) for name in ("fp32", "again", "alone"))
     assert_same_tensors(read_all(fp32.weights), exact)
     assert not fp32.main_weights and set(fp32.moments) == {"exp_avg", "exp_avg_sq"}

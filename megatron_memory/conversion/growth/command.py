@@ -101,7 +101,9 @@ def run_grow(command: Grow, notify: Notify) -> None:
             _tell_top_k(grown, notify)
         after = _write(grown, command.checkpoints, folder, notify)
         change = _measure(state, after, command.checking, notify)
-        if change is not None and _must_be_equal(command) and change.logits.relative > _ROUNDING:
+        # Said so that NaN is refused.
+        is_kept = change is None or change.logits.relative <= _ROUNDING
+        if change is not None and _must_be_equal(command) and not is_kept:
             raise CheckpointError(
                 f"the grown model is not the one it was: {change.logits}. Nothing is written"
             )

@@ -45,7 +45,7 @@ def changed(state: SavedState, change: Change) -> SavedState:
     if unknown:
         raise CheckpointError(
             f"the optimizer's states {', '.join(unknown)} cannot be grown: only "
-            f"{', '.join(DEGREES)} can. Leave the optimizer out with --no-optimizer"
+            f"{', '.join(DEGREES)} can. Leave the optimizer out with --weights-only"
         )
 
     def apply(kind: str | None, tensors: Tensors) -> Tensors:
