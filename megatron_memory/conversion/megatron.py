@@ -56,7 +56,10 @@ def read_megatron(load: Path) -> SavedState:
     """
     folder = locate(load)
     if folder is None:
-        raise CheckpointError(f"--load {load}: holds no checkpoint. Check the path, and --from")
+        raise CheckpointError(
+            f"--load {load}: holds no checkpoint of this program. Check the path; of another "
+            "program's, tools/convert_checkpoint.py --from hf or lingua makes one"
+        )
     metadata = check_whole(folder)
     config = saved_config(folder)
     if config is None:
@@ -149,6 +152,7 @@ def _num_ranks(layout: Layout) -> int:
 
 def _config_for(state: SavedState, save: Path, layout: Layout, dtype: torch.dtype | None) -> Config:
     replace, config = dataclasses.replace, state.config
+    is_bf16 = _dtype_of(state, dtype) == torch.bfloat16
     data = config.data
     if state.tokenizer is not None:
         # So that the model can be used from any directory.
@@ -167,8 +171,13 @@ def _config_for(state: SavedState, save: Path, layout: Layout, dtype: torch.dtyp
             sequence_parallel=layout.tensor_parallel_size > 1,
             pipeline_model_parallel_size=layout.pipeline_parallel_size,
         ),
-        memory=replace(config.memory, parallel_size=layout.memory_parallel_size),
-        precision=PrecisionConfig(bf16=_dtype_of(state, dtype) == torch.bfloat16),
+        memory=replace(
+            config.memory,
+            parallel_size=layout.memory_parallel_size,
+            # A copy of bf16 values that trainings make: nothing of it is stored.
+            fp8_values=config.memory.fp8_values and is_bf16,
+        ),
+        precision=PrecisionConfig(bf16=is_bf16),
         checkpoint=CheckpointConfig(),
         data=data,
     )

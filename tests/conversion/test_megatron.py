@@ -231,6 +231,16 @@ def _reference_state(golden: Path) -> SavedState:
     return read_lingua(golden)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_values_go_where_bf16_goes(dtype: torch.dtype, tmp_path: Path):
+    state = _reference_state(golden_checkpoint("peer"))
+    memory = dataclasses.replace(state.config.memory, fp8_values=True)
+    state = dataclasses.replace(state, config=dataclasses.replace(state.config, memory=memory))
+    write_megatron(state.without_optimizer(), tmp_path, tmp_path, Layout(), dtype)
+    written = read_megatron(tmp_path).config
+    assert written.memory.fp8_values is written.precision.bf16 is (dtype == torch.bfloat16)
+
+
 def test_copies_of_a_shared_table_must_be_equal(tmp_path: Path):
     state = _reference_state(golden_checkpoint("memory_plus"))
     assert [name for name, _, _ in state.twins] == [
@@ -241,6 +251,13 @@ def test_copies_of_a_shared_table_must_be_equal(tmp_path: Path):
     changed = from_memory(another.read() + 1)
     with pytest.raises(CheckpointError, match="layers.3.feed_forward.values"):
         verify.check_twins(dataclasses.replace(state, twins=((name, one, changed),)))
+
+
+def test_a_folder_of_another_program_is_told(tmp_path: Path):
+    with pytest.raises(
+        CheckpointError, match=r"of another program's, tools/convert_checkpoint\.py"
+    ):
+        read_megatron(tmp_path)
 
 
 def test_damaged_checkpoint_of_ours_is_refused(tmp_path: Path):

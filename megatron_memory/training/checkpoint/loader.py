@@ -171,8 +171,9 @@ def _require_ours(found: Found, *, with_optimizer: bool) -> None:
         )
     if with_optimizer and not found.common.keys() & {"optimizer", "optimizer_step"}:
         raise CheckpointError(
-            f"{found.folder} holds no optimizer state (it was saved with --no-save-optim). Load it "
-            "with --no-load-optim, or with --finetune to start a new training from its weights"
+            f"{found.folder} holds no optimizer state (it was saved with --no-save-optim, or made "
+            "of one without). Start a new training from its weights with --finetune, or go on "
+            "from its iteration with --no-load-optim"
         )
 
 
