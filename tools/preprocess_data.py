@@ -6,34 +6,50 @@
 Flags and output are those of Megatron-LM's tool of this name, byte for byte.
 """
 
-import argparse
 import dataclasses
-import difflib
 import signal
 import sys
-from typing import Any
+from collections.abc import Sequence
 
-from megatron_memory.config.option import field_docstrings
+from megatron_memory.config.command import parse_command
 from megatron_memory.data.preprocess.options import PreprocessOptions
 from megatron_memory.data.preprocess.pipeline import preprocess
 from megatron_memory.data.preprocess.workers import WorkerError
 from megatron_memory.exceptions import ConfigurationError, DataError
 
+_USAGE = "python tools/preprocess_data.py --input FILE --output-prefix PATH --tokenizer-type NAME"
+_OF_A_FOLDER = (
+    "give the tokenizer's folder: --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
+)
+_OF_SENTENCES = "sentence splitting serves BERT and T5, which are not trained here"
+_OF_WORKERS = "give --workers a number; the progress lines say how fast it is"
 _NOT_HERE = {
-    "--split-sentences": "sentence splitting serves BERT and T5, which are not trained here",
-    "--keep-newlines": "it belongs to --split-sentences, which is not supported",
-    "--lang": "it belongs to --split-sentences, which is not supported",
-    "--partitions": "the workers share one input without it; use --workers",
-    "--keep-sequential-samples": "documents always keep their order; leave the flag out",
-    "--vocab-file": "give the tokenizer's folder: --tokenizer-type HuggingFaceTokenizer "
-    "--tokenizer-model DIR",
-    "--merge-file": "give the tokenizer's folder: --tokenizer-type HuggingFaceTokenizer "
-    "--tokenizer-model DIR",
-    "--dataset-impl": "there is one format, the mmap one; leave the flag out",
+    "--split-sentences": _OF_SENTENCES,
+    "--keep-newlines": _OF_SENTENCES,
+    "--lang": _OF_SENTENCES,
+    "--vocab-file": _OF_A_FOLDER,
+    "--merge-file": _OF_A_FOLDER,
+    "--find-optimal-num-workers": _OF_WORKERS,
+    "--workers-to-check": _OF_WORKERS,
+    "--max-documents": _OF_WORKERS,
 }
+_WITHOUT_EFFECT = {
+    "--partitions": "all workers share one input, which is never cut",
+    "--keep-sequential-samples": "documents always keep their order",
+    "--dataset-impl": "there is one format, Megatron's mmap",
+}
+"""Flags of Megatron-LM's tool that scripts may go on giving."""
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """Tokenize text into the .bin/.idx pairs that --data-path takes."""
+
+    options: PreprocessOptions
+    """Flags, with the names and meanings of Megatron-LM's preprocess_data.py"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     try:
         prefixes = preprocess(parse_options(sys.argv[1:] if argv is None else argv))
@@ -46,56 +62,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_options(argv: list[str]) -> PreprocessOptions:
+def parse_options(argv: Sequence[str]) -> PreprocessOptions:
     """Options from command-line flags, which are the fields of PreprocessOptions.
 
     Raises:
         ConfigurationError: an unknown flag, or a value out of range.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    docstrings = field_docstrings(PreprocessOptions)
-    for field in dataclasses.fields(PreprocessOptions):
-        _add_flag(parser, field, docstrings[field.name])
-    _refuse_unknown_flags(argv, list(parser._option_string_actions))
-    values: dict[str, Any] = vars(parser.parse_args(argv))
-    for name in ("input", "json_keys"):
-        values[name] = tuple(values[name])
-    return PreprocessOptions(**values)
-
-
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, text: str) -> None:
-    flag = "--" + field.name.replace("_", "-")
-    help_text = text.replace("%", "%%")
-    if field.type is bool:
-        parser.add_argument(flag, action="store_true", help=help_text)
-        return
-    required = field.default is dataclasses.MISSING
-    if not required and field.default is not None:
-        help_text += " Default: %(default)s."
-    parser.add_argument(
-        flag,
-        help=help_text,
-        required=required,
-        default=None if required else field.default,
-        type=int if field.type in (int, int | None) else str,
-        nargs="+" if field.type == tuple[str, ...] else None,
-    )
-
-
-def _refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
-    for argument in argv:
-        flag = argument.split("=")[0]
-        if not flag.startswith("--") or flag in known:
-            continue
-        if flag in _NOT_HERE:
-            raise ConfigurationError(f"{flag}: {_NOT_HERE[flag]}")
-        nearest = difflib.get_close_matches(flag, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the flags"
-        raise ConfigurationError(f"{flag}: unknown flag; {hint}")
+    known: list[str] = []
+    skipping = False
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-") if word.startswith("--") else ""
+        if name in _NOT_HERE:
+            raise ConfigurationError(f"{name}: {_NOT_HERE[name]}")
+        if name in _WITHOUT_EFFECT:
+            print(f"{name} has no effect: {_WITHOUT_EFFECT[name]}", file=sys.stderr)
+        # A flag that is left out takes its value with it.
+        skipping = name in _WITHOUT_EFFECT or (skipping and not name)
+        known += [] if skipping else [word]
+    return parse_command(_Request, known, usage=_USAGE).options
 
 
 def _fail(error: Exception | str) -> int:

@@ -164,18 +164,31 @@ def test_a_failing_worker_shows_its_traceback(tmp_path, monkeypatch):
         (["--tokenizer-model", "/absent"], "--tokenizer-model /absent: no such file or folder"),
         (["--tokenizer-type", "GPT2"], "--tokenizer-type GPT2: unknown"),
         (["--tokenizer-type", "NullTokenizer"], "NullTokenizer needs --vocab-size"),
-        (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--log-interval", "0"], "--log-interval 0: must be at least 1"),
+        (["--workers", "0"], "--workers is 0: it must be at least 1"),
+        (["--log-interval", "0"], "--log-interval is 0: it must be at least 1"),
         (["--json-keys", "text", "text"], "--json-keys: text is given twice"),
-        (["--json-key", "text"], "--json-key: unknown flag; did you mean --json-keys?"),
+        (
+            ["--json-key", "text"],
+            "--json-key is not a flag of this program. Did you mean --json-keys?",
+        ),
         (["--split-sentences"], "--split-sentences: sentence splitting serves BERT"),
-        (["--partitions=2"], "--partitions: the workers share one input"),
+        (["--find-optimal-num-workers"], "--find-optimal-num-workers: give --workers a number"),
     ],
 )
 def test_a_bad_flag_is_named(tmp_path, capsys, flags, message):
     assert run_on(GOLDEN / "docs.jsonl", tmp_path / "out", *flags) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_of_megatron_lm_without_effect(tmp_path, capsys):
+    """They and their values are left out, and said."""
+    flags = ["--partitions", "2", "--keep-sequential-samples", "--dataset-impl=mmap"]
+    assert run_on(GOLDEN / "docs.jsonl", tmp_path / "out", *flags, "--append-eod") == 0
+    said = capsys.readouterr().err
+    assert all(f"{flag.partition('=')[0]} has no effect" in said for flag in flags if flag != "2")
+    written = (tmp_path / "out_text_document.bin").read_bytes()
+    assert written == (GOLDEN / "mlm_text_document.bin").read_bytes()
 
 
 def test_no_documents(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """What a preprocessing run is told; the flags of tools/preprocess_data.py are made from it."""
 
 import dataclasses
+from typing import Literal
 
+from megatron_memory.config.option import option
 from megatron_memory.exceptions import ConfigurationError
 
 
@@ -35,13 +37,13 @@ class PreprocessOptions:
     append_eod: bool = False
     """End every document that is not empty with the tokenizer's end-of-document token."""
 
-    workers: int = 1
+    workers: int = option(1, at_least=1)
     """Processes that tokenize. Their number never changes the output."""
 
-    log_interval: int = 1000
+    log_interval: int = option(1000, at_least=1)
     """Documents between two lines of progress."""
 
-    on_error: str = "stop"
+    on_error: Literal["stop", "skip"] = "stop"
     """A bad line stops the run (stop), or is left out, counted and reported (skip)."""
 
     resume: bool = False
@@ -51,11 +53,6 @@ class PreprocessOptions:
     """Do not use gigatoken, which encodes many times faster than the tokenizer's own library."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("--workers", self.workers), ("--log-interval", self.log_interval)):
-            if value < 1:
-                raise ConfigurationError(f"{flag} {value}: must be at least 1")
-        if self.on_error not in ("stop", "skip"):
-            raise ConfigurationError(f"--on-error {self.on_error}: choose stop or skip")
         for flag, values in (("--input", self.input), ("--json-keys", self.json_keys)):
             if not values:
                 raise ConfigurationError(f"{flag}: give at least one")
