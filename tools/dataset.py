@@ -178,7 +178,9 @@ def _verify(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     prefixes = []
     for name in args.input:
-        prefixes += merge.pairs_in(name) if os.path.isdir(name) else [_prefix(name)]
+        # A training keeps its cache in a folder beside the pair, of the pair's own name.
+        is_folder = os.path.isdir(name) and not os.path.isfile(f"{name}.idx")
+        prefixes += merge.pairs_in(name) if is_folder else [_prefix(name)]
     merge.merge(prefixes, _prefix(args.output_prefix), args.dtype)
     print(check_indexed_dataset(_prefix(args.output_prefix)))
 

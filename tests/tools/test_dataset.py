@@ -82,6 +82,16 @@ def test_merge_of_a_folder_is_sorted(tmp_path, pairs):
     assert_equal(str(tmp_path / "all"), merged_by_megatron(sorted(pairs), tmp_path / "expected"))
 
 
+def test_a_pair_that_was_trained_on_is_no_folder(tmp_path, pairs):
+    """Its cache lies in a folder of its name."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(pairs[0] + suffix, tmp_path / f"pair{suffix}")
+    (tmp_path / "pair" / "cache").mkdir(parents=True)
+    merging = ("merge", "--input", tmp_path / "pair", pairs[1], "--output-prefix", tmp_path / "all")
+    assert run(*merging) == 0
+    assert_equal(str(tmp_path / "all"), merged_by_megatron(pairs[:2], tmp_path / "expected"))
+
+
 def test_mixed_dtypes(tmp_path, pairs, capsys):
     wide = write_sentences(tmp_path / "wide", 3, np.int32)
     merging = ("merge", "--input", pairs[0], wide, "--output-prefix", tmp_path / "all")
