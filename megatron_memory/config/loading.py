@@ -247,9 +247,13 @@ class _Reader:
         return Config(**components)
 
     def _missing(self) -> Iterable[str]:
-        for flag in all_flags().values():
-            if flag.required and flag.key not in self.values:
-                yield f"{flag.spelled} is required: {flag.text}"
+        flags = all_flags().values()
+        missing = [flag for flag in flags if flag.required and flag.key not in self.values]
+        saved = Path(self.values.get("load") or "") / "config.yaml"
+        hint = f" {saved} may have it: --config {saved}" if saved.is_file() else ""
+        for flag in missing:
+            yield f"{flag.spelled} is required: {flag.text}{hint}"
+            hint = ""
 
     def _without_memory(self) -> Iterable[str]:
         # A file may keep its memory settings for a run that turns memory off by

@@ -10,6 +10,7 @@ from megatron_memory.exceptions import ConfigurationError
 Format = Literal["megatron", "lingua", "hf"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", re.IGNORECASE)
+_SMALLEST_SHARD = 10_000
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -51,9 +52,10 @@ class Target:
     """To hf: size of a weights file, as 5GB or 500MB."""
 
     def __post_init__(self) -> None:
-        if not _SIZE.fullmatch(self.max_shard_size):
+        if not _SIZE.fullmatch(self.max_shard_size) or self.max_shard_bytes < _SMALLEST_SHARD:
             raise ConfigurationError(
-                f"--max-shard-size {self.max_shard_size}: write a number and a unit, as 5GB"
+                f"--max-shard-size {self.max_shard_size}: write a number and a unit, as 5GB; at "
+                f"least {_SMALLEST_SHARD // 1000}KB"
             )
 
     @property

@@ -265,6 +265,12 @@ def test_required_flags(flag):
         parse(without=[flag])
 
 
+def test_required_flags_that_a_checkpoint_would_tell(tmp_path):
+    (tmp_path / "config.yaml").write_text("num_layers: 4\n")
+    with pytest.raises(ConfigurationError, match=f"--config {tmp_path}/config.yaml"):
+        parse(f"--load {tmp_path}", without=["--num-layers"])
+
+
 def test_everything_wrong_is_said_at_once():
     message = fails(["--num-layers", "x", "--fp16", "--hiden-size", "3"])
     assert message.startswith("The configuration has 3 problems:\n- ")

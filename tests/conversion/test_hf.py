@@ -175,6 +175,12 @@ def test_missing_shard_is_named(tmp_path: Path):
         read_hf(tmp_path)
 
 
+@pytest.mark.parametrize("size", ["5", "0GB", "5 GiB", "many"])
+def test_size_of_files_that_cannot_be(size: str, tmp_path: Path):
+    with pytest.raises(ConfigurationError, match=f"--max-shard-size {size}"):
+        conversion("hf", tmp_path, "hf", tmp_path, max_shard_size=size)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_family_that_has_no_such_model(family: str, tmp_path: Path):
     save_hf_model("qwen2", tmp_path)
