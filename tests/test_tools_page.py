@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from megatron_memory.inference.generator import load_generator
 from megatron_memory.inference.options import ModelSource, Sampling
 from megatron_memory.runtime import select_backend
+from megatron_memory.runtime.distributed import shutdown_distributed
 from tests.conversion import hf_program
 from tests.inference.saved_models import logits_without_cache
 
@@ -91,8 +92,16 @@ def _run(words: list[str], folder: Path) -> None:
     assert run.returncode == 0, f"{words}: {run.stderr[-3000:]}"
 
 
+@pytest.fixture
+def own_groups():
+    """The generator makes Megatron's groups in this process, which other tests make anew."""
+    yield
+    shutdown_distributed()
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_groups")
 def test_the_pages_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _make_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
