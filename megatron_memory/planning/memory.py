@@ -20,7 +20,7 @@ from megatron_memory.planning.activations import (
 )
 from megatron_memory.planning.schedule import most_held
 from megatron_memory.planning.stages import by_rank, stage_weights
-from megatron_memory.planning.states import StateBytes, shadow_bytes, state_bytes
+from megatron_memory.planning.states import StateBytes, counter_bytes, shadow_bytes, state_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class RankMemory:
     """Of all other parameters."""
     shadow: int
     """The values in fp8."""
+    counters: int
+    """How much each slot was read."""
     activations: Kept
     """Kept for backward passes, of all microbatches at once."""
     held: tuple[int, ...]
@@ -55,7 +57,7 @@ class RankMemory:
     def total(self) -> int:
         """At the fullest moment of a step: in a backward pass, or in the update."""
         passing = sum(self.activations.values()) + self.working
-        steady = self.states.total + self.shadow + self.gathered
+        steady = self.states.total + self.shadow + self.counters + self.gathered
         return steady + max(passing + self.passed, self.states.update)
 
 
@@ -98,12 +100,18 @@ def _rank_memory(
         values=values,
         rest=rest,
         shadow=shadow,
+        counters=counter_bytes(config, _num_memory_layers(config, stages), world_size),
         activations=activations,
         held=held,
         working=max(_working(sizes, stage, padded_vocab_size) for stage in stages),
         gathered=_gathered(sizes),
         passed=4 * sizes.stream if parallel.pipeline_model_parallel_size > 1 else 0,
     )
+
+
+def _num_memory_layers(config: Config, stages: Sequence[Stage]) -> int:
+    here = {layer for stage in stages for layer in stage.layers}
+    return len(here & set(memory_layers(config)))
 
 
 def _stage_kept(sizes: Sizes, stage: Stage, padded_vocab_size: int) -> Kept:

@@ -115,6 +115,7 @@ def _memory(rank: RankMemory, plan: Plan, cluster: Cluster) -> Iterator[str]:
         "optimizer states": states.optimizer_states,
         "gradients' fp32 copies in the update": states.update,
         "values in fp8": rank.shadow,
+        "counts of the slots read": rank.counters,
         **{f"activations of {part}": size for part, size in rank.activations.items()},
         "temporaries": rank.working,
         "gathered sequences": rank.gathered,

@@ -118,6 +118,22 @@ def _buffer_bytes(config: Config, buffer: Buffer) -> StateBytes:
     )
 
 
+def counter_bytes(config: Config, num_layers: int, world_size: int) -> int:
+    """Of `--memory-log-usage`: a layer's sums since the last log on every rank, and those since the
+    training began shared out over the ranks that read with it.
+
+    Args:
+        config: of the run.
+        num_layers: memory layers on the pipeline rank.
+        world_size: ranks of the run.
+    """
+    if not config.memory.log_usage:
+        return 0
+    readers = world_size // config.parallel.pipeline_model_parallel_size
+    slots = config.memory.num_values
+    return num_layers * (4 * slots + 8 * math.ceil(slots / readers))
+
+
 def element(config: Config) -> int:
     """Bytes of a weight or an activation."""
     return 2 if config.precision.bf16 else 4

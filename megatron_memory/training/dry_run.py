@@ -197,6 +197,8 @@ def _memory(config: Config, world_size: int, padded: int) -> Iterator[str]:
             yield f"  {name}: {_states(config, states)}"
     if rank.shadow:
         yield f"  values in fp8, with a scale a row: {bytes_text(rank.shadow)}"
+    if rank.counters:
+        yield f"  counts of the slots read: {bytes_text(rank.counters)}"
     yield (
         f"  activations: {bytes_text(sum(rank.activations.values()))} kept"
         + (f" of {sum(rank.held)} microbatches in flight" if len(memories) > 1 else "")
