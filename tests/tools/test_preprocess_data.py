@@ -225,6 +225,8 @@ def _run_slowly_as_script(started, argv: list[str]) -> None:
     pipeline.DocumentEncoder = _Slow
     sources._BLOCK_BYTES = 1000
     sys.argv = ["preprocess_data.py", *argv]
+    # Shells let what they start in the background ignore it, the tests as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     runpy.run_path(str(ROOT / "tools/preprocess_data.py"), run_name="__main__")
 
 

@@ -22,6 +22,7 @@ LAYOUTS = {
     "distopt-overlap": (2, {"use_distributed_optimizer": True} | OVERLAP, False, (ONE_CHUNK, 330)),
 }
 """Ranks, flags, whether in bf16, and the elements of a chunk before and after."""
+USAGE = "memory_usage."
 TABLE = "memory.shared.values.weight"
 
 
@@ -60,7 +61,11 @@ def _assert_same_tensors(folder: Path) -> dict[str, torch.Tensor]:
     whole, rest = (_tensors(folder / name, 4) for name in ("whole", "rest"))
     assert whole.keys() == rest.keys()
     for name, tensor in whole.items():
-        assert torch.equal(tensor, rest[name]), name
+        if name.startswith(USAGE):
+            # Sums of fp32 in other groups: up to a stop, and from there.
+            assert torch.allclose(tensor, rest[name], rtol=1e-5), name
+        else:
+            assert torch.equal(tensor, rest[name]), name
     return whole
 
 
