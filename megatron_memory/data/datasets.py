@@ -103,10 +103,7 @@ def build_datasets(
         end_of_document(tokenizer)
 
     def check() -> tuple[str, ...]:
-        summaries = {prefix: check_indexed_dataset(prefix) for prefix in sources.prefixes()}
-        plans = plan_splits(sources, summaries, seq_length=seq_length, num_samples=num_samples)
-        warnings = _tokenizer_warnings(sources.prefixes(), tokenizer)
-        return (*map(str, summaries.values()), *map(str, plans), *warnings)
+        return _check_files(sources, tokenizer, seq_length, num_samples)
 
     def build() -> Datasets:
         config = _dataset_config(
@@ -126,6 +123,19 @@ def build_datasets(
 
     summary = on_node_leaders(check, group) or ()
     return node_leaders_first(build, group)
+
+
+def _check_files(
+    sources: DataSources,
+    tokenizer: MegatronTokenizerBase,
+    seq_length: int,
+    num_samples: tuple[int, int, int],
+) -> tuple[str, ...]:
+    """What the files hold, how far each split goes, and warnings; a line each."""
+    summaries = {prefix: check_indexed_dataset(prefix) for prefix in sources.prefixes()}
+    plans = plan_splits(sources, summaries, seq_length=seq_length, num_samples=num_samples)
+    warnings = _tokenizer_warnings(sources.prefixes(), tokenizer)
+    return (*map(str, summaries.values()), *map(str, plans), *warnings)
 
 
 def _tokenizer_warnings(prefixes: Iterable[str], tokenizer: MegatronTokenizerBase) -> list[str]:

@@ -1,13 +1,16 @@
 """Our own checkpoints in other types and layouts, and trainings that go on from them."""
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_memory.config import Config, PrecisionConfig
+from megatron_memory.config import Config, PrecisionConfig, load_config
+from megatron_memory.config.checks_memory import memory_problems
+from megatron_memory.config.checks_parallel import parallel_problems
 from megatron_memory.conversion import verify
 from megatron_memory.conversion.convert import convert
 from megatron_memory.conversion.lazy import from_memory
@@ -168,6 +171,36 @@ def _stored_rows(save: Path) -> int:
 
     (folder,) = save.glob("iter_*")
     return tensor_shapes(check_whole(folder))["output_layer.weight"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("memory_gqa_vdim", dict(target_pipeline_parallel_size=3)),
+        ("memory_plus", dict(target_memory_parallel_size=2)),
+        ("memory_plus", dict(target_tensor_parallel_size=2, target_pipeline_parallel_size=1)),
+    ],
+)
+def test_layout_is_written_down(name: str, options: dict[str, int], tmp_path: Path):
+    """In config.yaml, for a run of as many ranks; the tensors are whole and the same."""
+    source, save = tmp_path / "source", tmp_path / "out"
+    convert(conversion("lingua", golden_checkpoint(name), "megatron", source), print)
+    convert(conversion("megatron", source, "megatron", save, **options), print)
+    before, after = read_megatron(source), read_megatron(save)
+    assert_same_tensors(read_all(after.weights), read_all(before.weights))
+    for kind, moments in before.moments.items():
+        assert_same_tensors(read_all(after.moments[kind]), read_all(moments))
+    config = after.config
+    assert config == load_config(save / "config.yaml")
+    parallel = config.parallel
+    sizes = dict(
+        target_tensor_parallel_size=parallel.tensor_model_parallel_size,
+        target_pipeline_parallel_size=parallel.pipeline_model_parallel_size,
+        target_memory_parallel_size=config.memory.parallel_size,
+    )
+    assert sizes == dict.fromkeys(sizes, 1) | options
+    ranks = math.prod(options.values())
+    assert not [*memory_problems(config), *parallel_problems(config, ranks)]
 
 
 def test_layout_that_cannot_be_is_refused(tmp_path: Path):
