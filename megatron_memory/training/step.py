@@ -26,8 +26,8 @@ class StepResult:
 
     loss: float
     """Mean over the tokens of the global batch that are not masked, in nats, before the update; 0
-    where all are masked. Without --calculate-per-token-loss it is not quite what was minimised: that
-    is the mean of the microbatches' means."""
+    where all are masked. What is minimised without --calculate-per-token-loss is the mean of the
+    microbatches' means."""
     num_tokens: float
     """Of the global batch, those that are not masked."""
     grad_norm: float | None
@@ -105,8 +105,8 @@ def evaluate_loss(
     total, num_tokens = _sum_reports(reports, setup.backend.device)
     if num_tokens == 0:
         raise DataError(
-            f"evaluation: the loss of every token of {num_batches} batches is masked, so that there "
-            "is no mean. Look at the held-out data, use more --eval-iters, or leave "
+            f"evaluation: the loss of every token of {num_batches} batches is masked, so that "
+            "there is no mean. Look at the held-out data, use more --eval-iters, or leave "
             "--eod-mask-loss out"
         )
     return total / num_tokens
