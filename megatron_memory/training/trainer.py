@@ -8,6 +8,7 @@ import torch
 from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
 from megatron_memory.planning.flops import flops_per_token
+from megatron_memory.runtime.distributed import seed_step
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.metrics import Interval, Report
@@ -113,6 +114,7 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         began = time.perf_counter()
+        seed_step(self._training.seed, self.position.iteration)
         result = train_step(self.setup, batches, self._num_microbatches)
         self._interval.add(result, time.perf_counter() - began)
         self.position = Position(
