@@ -18,6 +18,9 @@ class CheckpointConfig:
     """Directory to write checkpoints to. None: nothing is saved."""
     load: str | None = None
     """Directory to take the newest checkpoint from."""
+    start_anew: bool = False
+    """Begin at iteration 0 in a --save that has checkpoints; these are moved to a folder earlier-N
+    in it. Without this flag and without --load such a --save is refused."""
     save_interval: int | None = option(None, at_least=1, synonyms=("persistent_save_interval",))
     """Iterations between two checkpoints. Without it: only when the training ends or is stopped."""
     keep_last: int | None = option(None, at_least=1)

@@ -13,7 +13,13 @@ from megatron_memory.runtime import Backend
 from megatron_memory.runtime.available_memory import available_bytes
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.runtime.kernels import choose_kernels
+from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
+from megatron_memory.training.checkpoint.save_folder import (
+    clear_save,
+    only_writer,
+    settle_save,
+)
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.shared import check_save_is_shared
 from megatron_memory.training.checkpoint.state import Position
@@ -55,7 +61,30 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     )
     if config.checkpoint.save is not None:
         check_save_is_shared(Path(config.checkpoint.save))
+    with only_writer(config.checkpoint, console.say) as lease:
+        trainer = _build_trainer(
+            config, backend, console, tokenizer, (vocab_size, padded), lease, on_step
+        )
+        exit_code = trainer.run()
+    # torchrun ends all ranks as soon as one of them has ended with another code than 0.
+    torch.distributed.barrier()
+    return exit_code
+
+
+def _build_trainer(
+    config: Config,
+    backend: Backend,
+    console: Console,
+    tokenizer,
+    vocab_sizes: tuple[int, int],
+    lease: Lease | None,
+    on_step: OnStep | None,
+) -> Trainer:
+    """`vocab_sizes`: before and after padding."""
+    vocab_size, padded = vocab_sizes
     found = find_start(config, vocab_size, console.say)
+    loaded = None if found is None else found.folder
+    settle_save(config.checkpoint, loaded)
     position = start_position(found, config)
     datasets = _datasets(config, tokenizer, padded, position)
     for line in datasets.summary:
@@ -65,11 +94,12 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     setup = build_training_setup(config, backend, padded)
     if found is not None:
         load_checkpoint(setup, found, console.say)
-    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size)
+    clear_save(config.checkpoint, loaded, console.say)
+    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size, lease)
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()
-    trainer = Trainer(
+    return Trainer(
         setup,
         datasets,
         position,
@@ -79,10 +109,6 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         padded_vocab_size=padded,
         on_step=on_step,
     )
-    exit_code = trainer.run()
-    # torchrun ends all ranks as soon as one of them has ended with another code than 0.
-    torch.distributed.barrier()
-    return exit_code
 
 
 def tokenizer_of(config: Config):
