@@ -13,6 +13,11 @@ from megatron_memory.runtime import Backend
 from megatron_memory.runtime.available_memory import available_bytes
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.runtime.kernels import choose_kernels
+from megatron_memory.training.checkpoint.changes import (
+    check_data_order,
+    check_optimizer_kind,
+    setting_changes,
+)
 from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
 from megatron_memory.training.checkpoint.save_folder import (
@@ -86,11 +91,17 @@ def _build_trainer(
     loaded = None if found is None else found.folder
     settle_save(config.checkpoint, loaded)
     position = start_position(found, config)
+    if found is not None and not config.checkpoint.finetune:
+        check_optimizer_kind(found, config)
+        for change in setting_changes(found.saved, config) if found.saved is not None else ():
+            console.say(f"changed since {found.folder}: {change}")
     datasets = _datasets(config, tokenizer, padded, position)
     for line in datasets.summary:
         console.say(line)
     for line in copies_notes(config, torch.distributed.get_world_size()):
         console.say(line)
+    if found is not None:
+        check_data_order(found, config, datasets.train, console.say)
     setup = build_training_setup(config, backend, padded)
     if found is not None:
         load_checkpoint(setup, found, console.say)

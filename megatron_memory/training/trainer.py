@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
 from megatron_memory.planning.flops import flops_per_token
+from megatron_memory.training.checkpoint.changes import DATA_ORDER
+from megatron_memory.training.checkpoint.data_order import as_plain, read_parts
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.metrics import Interval, Report
@@ -188,10 +191,17 @@ class Trainer:
             return
         began = time.perf_counter()
         with whole_weights(self.setup):
-            folder = self._saver.save(self.position)
+            folder = self._saver.save(self.position, self._record())
         self._last_saved = self.position
         how = "is being saved in the background" if self._config.checkpoint.async_save else "saved"
         self._console.say(f"{folder} {how} ({time.perf_counter() - began:.1f} s)")
+
+    def _record(self) -> dict[str, Any]:
+        """What a run that goes on must know, beyond the training's state."""
+        parts = []
+        if self._datasets.train is not None:
+            parts = read_parts(self._datasets.train, self.position.consumed_samples)
+        return {DATA_ORDER: as_plain(parts)}
 
     def _finish(self, stop: Stop | None) -> None:
         if stop is None:

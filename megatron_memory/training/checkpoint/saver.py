@@ -1,6 +1,8 @@
 """Writing checkpoints, in the foreground or behind the training."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -47,8 +49,12 @@ class CheckpointSaver:
         start_writer_queue()
         ask_first_rank(lambda: save_config(self._config, self._root / folders.CONFIG_FILE))
 
-    def save(self, position: Position) -> Path:
+    def save(self, position: Position, more: Mapping[str, Any] | None = None) -> Path:
         """Write a checkpoint; with `--async-save` it is complete only after a later `poll`.
+
+        Args:
+            position: how far the training is.
+            more: further plain values, for the loader to find in `Found.common`.
 
         Returns:
             the folder that it has, or will have.
@@ -60,7 +66,7 @@ class CheckpointSaver:
         folder = ask_first_rank(lambda: self._begin(position.iteration))
         try:
             request = dist_checkpointing.save(
-                self._state(position),
+                self._state(position) | dict(more or {}),
                 str(folder),
                 self._strategy,
                 async_sharded_save=True,

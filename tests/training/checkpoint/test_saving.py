@@ -305,9 +305,9 @@ def _count_saves(config: Config) -> list[int]:
     saves = []
     original = trainer.CheckpointSaver.save
 
-    def save(self, position):
+    def save(self, position, more):
         saves.append(position.iteration)
-        return original(self, position)
+        return original(self, position, more)
 
     trainer.CheckpointSaver.save = save
     run(config)
