@@ -31,7 +31,7 @@ from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.progress import Console
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
-from megatron_memory.training.trainer import OnStep, Trainer
+from megatron_memory.training.trainer import EVALUATION_IS_DUE, OnStep, Trainer
 
 
 def run_training(config: Config, backend: Backend, on_step: OnStep | None = None) -> int:
@@ -119,6 +119,9 @@ def _build_trainer(
         console=console,
         padded_vocab_size=padded,
         on_step=on_step,
+        evaluation_is_due=found is not None
+        and not config.checkpoint.finetune
+        and found.common.get(EVALUATION_IS_DUE) is True,
     )
 
 

@@ -9,8 +9,8 @@
 
 `folders` knows these names, `lease` keeps it to one writer, `save_folder` decides about what is
 there, `integrity` tells whole checkpoints from damaged ones, `architecture`
-compares a checkpoint's model with this run's, `changes` its other settings and, by `data_order`, its
-data, `state` is what is saved, `rng_state` the generators'
+compares a checkpoint's model with this run's, `changes` its other settings and, by `data_order`,
+its data, `state` is what is saved, `rng_state` the generators'
 part of it, `saver` and `loader` are the two directions, `schedule` settles whose settings count,
 `agreement` keeps the ranks together, `writer_queue` serves the writing processes.
 """
