@@ -140,7 +140,8 @@ def write_megatron(
         CheckpointError, OSError: a tensor cannot be read, or the folder not be written.
     """
     config = _config_for(state, save, layout, dtype)
-    raise_problems([*memory_problems(config), *parallel_problems(config, _num_ranks(layout))])
+    any_run, ranks = _with_divisible_batch(config, layout), _num_ranks(layout)
+    raise_problems([*memory_problems(any_run), *parallel_problems(any_run, ranks)])
     iteration = folders.begin(folder, state.iteration)
     write_dcp(iteration, _tensors(state, config, dtype))
     torch.save(_common(state, layout), iteration / "common.pt")
@@ -154,6 +155,13 @@ def write_megatron(
     omit = () if state.iteration else _OF_TRAINING
     save_config(config, folder / folders.CONFIG_FILE, omit=omit)
     folders.publish(folder, state.iteration)
+
+
+def _with_divisible_batch(config: Config, layout: Layout) -> Config:
+    """The batch of the training that wrote a checkpoint says nothing of the one that loads it."""
+    batch = _num_ranks(layout) * layout.pipeline_parallel_size
+    training = dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=batch)
+    return dataclasses.replace(config, training=training)
 
 
 def _num_ranks(layout: Layout) -> int:
