@@ -19,6 +19,9 @@ from megatron_memory.config.pools import with_share_groups
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint import folders, state
 from megatron_memory.training.checkpoint.agreement import ask_first_rank
+from megatron_memory.training.checkpoint.checksums import MARK
+from megatron_memory.training.checkpoint.checksums_together import join_sums, with_sums
+from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.checkpoint.writer_queue import start_writer_queue
@@ -72,6 +75,8 @@ class CheckpointSaver:
                 async_sharded_save=True,
                 content_metadata=state.content_metadata(self._setup.config),
             )
+            if self._has_sums:
+                request = with_sums(request, folder, self._setup.config.checkpoint.checksums)
             request.add_finalize_fn(lambda: self._publish(position))
             if self._setup.config.checkpoint.async_save:
                 self._running.schedule_async_request(request)
@@ -104,6 +109,10 @@ class CheckpointSaver:
         except (CheckpointException, CheckpointingException) as error:
             raise self._failed(error) from error
 
+    @property
+    def _has_sums(self) -> bool:
+        return self._setup.config.checkpoint.checksums != "none"
+
     def _state(self, position: Position) -> state.StateDict:
         setup, checkpoint = self._setup, self._setup.config.checkpoint
         model = state.sharded_model(setup.model)
@@ -116,6 +125,7 @@ class CheckpointSaver:
             "layout": state.layout(setup.config),
             "device": setup.backend.device.type,
             "has_generators": not checkpoint.no_save_rng,
+            MARK: self._has_sums,
         }
         if not checkpoint.no_save_optim:
             saved |= state.sharded_optimizer(setup, model, is_loading=False)
@@ -136,6 +146,9 @@ class CheckpointSaver:
     def _publish_and_prune(self, iteration: int) -> None:
         folder = folders.incomplete_folder(self._root, iteration, self._run)
         save_config(self._config, folder / folders.CONFIG_FILE)
+        check_whole(folder)
+        if self._has_sums:
+            join_sums(folder, self._setup.config.checkpoint.checksums)
         if self._lease is not None:
             self._lease.require()
         folders.publish(self._root, iteration, self._run)
