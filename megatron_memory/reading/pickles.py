@@ -8,6 +8,7 @@ than it has bytes, times a constant.
 """
 
 import dataclasses
+import gc
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ Find = Callable[[str, str], Any]
 _LARGEST_KEY = 1 << 60
 _LARGEST_NUMBER_BYTES = 16
 _LONGEST_NAME = 256
+_MOST_MARKS = 1000
 
 
 def read_pickle(
@@ -59,6 +61,10 @@ def read_pickle(
         UnsafeFile: it is damaged, or asks for what is not known.
     """
     machine = _Machine(data, find, persistent, key_types)
+    is_collecting = gc.isenabled()
+    # What is made here stays until the end: to look for garbage again and again takes most of the
+    # time of a large file.
+    gc.disable()
     try:
         return machine.run()
     except UnsafeFile:
@@ -68,6 +74,9 @@ def read_pickle(
         raise UnsafeFile(
             f"byte {machine.position} of its pickle: {type(error).__name__} {str(error)[:200]}"
         ) from error
+    finally:
+        if is_collecting:
+            gc.enable()
 
 
 def shown(value: object) -> str:
@@ -214,6 +223,8 @@ def _stop(machine: _Machine) -> None:
 
 
 def _mark(machine: _Machine) -> None:
+    if len(machine.below) >= _MOST_MARKS:
+        raise UnsafeFile(f"its pickle nests more than {_MOST_MARKS} deep")
     machine.below.append(machine.stack)
     machine.stack = []
 
