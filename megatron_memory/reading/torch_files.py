@@ -175,6 +175,8 @@ def _described(archive: zipfile.ZipFile, size: int) -> Any:
     members = {member.filename: member for member in archive.infolist()}
     if len(members) != len(archive.infolist()):
         raise UnsafeFile("its archive has two members of one name")
+    if min((member.header_offset for member in members.values()), default=0) != 0:
+        raise UnsafeFile("something lies before its archive")
     for member in members.values():
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise UnsafeFile(f"its member {member.filename} is compressed, which torch never does")

@@ -65,7 +65,7 @@ def test_references_give_the_same_object():
     assert read[0] is read[1]
 
 
-@pytest.mark.parametrize(("name", "content"), hostile_pickles())
+@pytest.mark.parametrize(("name", "content"), [*hostile_pickles()])
 def test_hostile_pickles_are_refused(name: str, content: bytes):
     def read() -> None:
         with pytest.raises(UnsafeFile) as caught:
