@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -87,21 +87,24 @@ def evaluate_loss(
     data_iterator: Iterator[Batch],
     num_microbatches: int,
     num_batches: int = 1,
+    before_batch: Callable[[], None] | None = None,
 ) -> float:
     """Mean loss in nats a token over so many batches of so many microbatches a rank, without
     dropout; every token that is not masked weighs the same.
+
+    `before_batch` may raise, on all ranks alike, to end it.
 
     Raises:
         DataError: on every rank, where all tokens are masked.
     """
     for chunk in setup.model:
         chunk.eval()
+    reports: list[Tensor] = []
     # Batch by batch: an interleaved pipeline takes only some numbers of microbatches.
-    reports = [
-        report
-        for _ in range(num_batches)
-        for report in _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
-    ]
+    for _ in range(num_batches):
+        if before_batch is not None:
+            before_batch()
+        reports += _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
     total, num_tokens = _sum_reports(reports, setup.backend.device)
     if num_tokens == 0:
         raise DataError(
