@@ -19,11 +19,12 @@ from megatron_memory.config.checks_parallel import parallel_problems
 from megatron_memory.config.pools import with_share_groups
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.dcp_files import StoredTensors, write_dcp
-from megatron_memory.conversion.folders import copy_tokenizer
+from megatron_memory.conversion.generation_settings import GenerationSettings
 from megatron_memory.conversion.lazy import LazyTensor
 from megatron_memory.conversion.saved_state import SavedState, Tensors
-from megatron_memory.data.tokenizers import padded_vocab_size
-from megatron_memory.exceptions import CheckpointError
+from megatron_memory.conversion.tokenizer_files import copy_tokenizer
+from megatron_memory.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_memory.exceptions import CheckpointError, ConfigurationError, DataError
 from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
@@ -34,7 +35,8 @@ from megatron_memory.training.checkpoint.state import USAGE_SINCE
 _STATE = re.compile(r"optimizer\.state\.(\w+?)\.(.+)")
 _MAIN_WEIGHTS = ("param", "fp32_param")
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-_TOKENIZER = "tokenizer"
+TOKENIZER = "tokenizer"
+"""The folder of a converted checkpoint's tokenizer, beside its iteration's."""
 # Settings of a training: a checkpoint that no training wrote leaves them to the user.
 _OF_TRAINING = ("optimizer", "training")
 
@@ -86,7 +88,20 @@ def read_megatron(load: Path) -> SavedState:
         consumed_samples=common.get("consumed_samples", 0),
         common=common,
         tokenizer=_tokenizer(config),
+        generation=GenerationSettings.of_common(common, folder),
     )
+
+
+def read_generation_back(save: Path) -> GenerationSettings | None:
+    """The generation settings that `write_megatron` wrote.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    folder = locate(save)
+    if folder is None:
+        raise CheckpointError(f"{save}: holds no checkpoint")
+    return GenerationSettings.of_common(read_common(folder), folder)
 
 
 def _by_kind(stored: Tensors, vocab_size: int) -> tuple[Tensors, Tensors, dict[str, Tensors]]:
@@ -140,10 +155,26 @@ def write_megatron(
     (iteration / "metadata.json").write_text(json.dumps(format_name), "utf-8")
     save_config(config, iteration / folders.CONFIG_FILE)
     if state.tokenizer is not None:
-        copy_tokenizer(state.tokenizer, folder / _TOKENIZER)
+        _check_is_tokenizer(state.tokenizer, config)
+        copy_tokenizer(state.tokenizer, folder / TOKENIZER)
     omit = () if state.iteration else _OF_TRAINING
     save_config(config, folder / folders.CONFIG_FILE, omit=omit)
     folders.publish(folder, state.iteration)
+
+
+def _check_is_tokenizer(path: Path, config: Config) -> None:
+    """That a file which a configuration names is a tokenizer, before it is copied.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if path.is_dir():
+        return
+    assert config.data.tokenizer_type is not None, "written beside the tokenizer's path"
+    try:
+        build_tokenizer(config.data.tokenizer_type, str(path), vocab_size=config.data.vocab_size)
+    except (ConfigurationError, DataError) as error:
+        raise CheckpointError(f"the checkpoint's tokenizer cannot be copied: {error}") from error
 
 
 def _num_ranks(layout: Layout) -> int:
@@ -156,7 +187,7 @@ def _config_for(state: SavedState, save: Path, layout: Layout, dtype: torch.dtyp
     data = config.data
     if state.tokenizer is not None:
         # So that the model can be used from any directory.
-        place = save.absolute() / _TOKENIZER
+        place = save.absolute() / TOKENIZER
         if state.tokenizer.is_file():
             place /= state.tokenizer.name
         data = replace(
@@ -216,6 +247,8 @@ def _common(state: SavedState, layout: Layout) -> dict:
             common.pop(name, None)
     if not state.usage:
         common.pop(USAGE_SINCE, None)
+    if state.generation is not None:
+        common["generation"] = state.generation.as_common()
     if state.moments and "optimizer" not in common:
         common["optimizer_step"] = state.iteration
     return common | {

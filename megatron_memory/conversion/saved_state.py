@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_memory.config import Config
+from megatron_memory.conversion.generation_settings import GenerationSettings
 from megatron_memory.conversion.lazy import LazyTensor
 
 Tensors = dict[str, LazyTensor]
@@ -38,6 +39,8 @@ class SavedState:
     """Other plain values of one of our own checkpoints; {} of other formats'."""
     tokenizer: Path | None = None
     """The folder or file of the tokenizer that came with it."""
+    generation: GenerationSettings | None = None
+    """Stop tokens, sampling and the like, where they came with it."""
     twins: tuple[tuple[str, LazyTensor, LazyTensor], ...] = ()
     """Tensors that the format keeps more than once, to be the same: name, one, another."""
     notes: tuple[str, ...] = ()
