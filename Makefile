@@ -36,7 +36,7 @@ PIP = env -u PYTHONPATH $(PYTHON) -m pip --disable-pip-version-check
 # The checkout comes first, so that an installation elsewhere is never run by mistake.
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup quickstart test test-parallel test-large lint bench gpu doctor clean
+.PHONY: help setup quickstart test test-slow test-parallel test-large lint bench gpu doctor clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,17 +50,22 @@ quickstart: $(READY) ## train a small memory model on real text, resume it, ask 
 test: $(READY) $(SECOND_TRITON) ## run the tests; fewer with TESTS=tests/memory, more flags with ARGS="-x -v"
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
+test-slow: $(READY) ## the long trials of tests/soak, of which `make test` runs a tenth: kills, damage, hostile files, 10,000 steps
+	SOAK=1 $(PYTHON) -m pytest tests/soak --durations=0 -s $(ARGS)
+
 test-parallel: $(READY) ## every pair of parallel settings against one rank, up to 8 processes; 20 minutes on 2 cores
 	$(PYTHON) -m pytest tests/parallel -m matrix $(ARGS)
 
 test-large: $(READY) ## a table of more than 2^31 values, saved and loaded: 2 minutes, 5 GiB of memory and of disk
 	LARGE_TABLES=1 $(PYTHON) -m pytest tests/memory/test_large_table.py $(ARGS)
 
-lint: $(READY) ## ruff (rules and format), mypy, codespell
+lint: $(READY) ## ruff (rules and format), mypy, codespell, bandit (code), pip-audit (packages with known faults)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m codespell_lib
+	$(PYTHON) -m bandit -q -c pyproject.toml -r megatron_memory kernels/memory_kernels tools examples
+	$(PYTHON) -m pip_audit --local --progress-spinner off
 
 bench: $(READY) ## the kernels' CPU paths against torch's, the training step against the dense model's, preprocessing
 	$(PYTHON) kernels/benchmarks/run.py bag retrieval --device cpu $(ARGS)

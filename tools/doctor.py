@@ -29,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 MIN_SHARED_MEMORY_BYTES = 1 << 30
+# Its size is looked at; nothing is written there.
+SHARED_MEMORY = "/dev/shm"  # nosec B108
 MIN_OPEN_FILES = 1024
 PROBE_TIMEOUT_SECONDS = 300
 REASONS = {
@@ -239,10 +241,10 @@ def check_machine() -> tuple[list[str], list[Problem]]:
         f"{'open files':<18} {'unlimited' if open_files < 0 else open_files}",
     ]
     shared_memory = None
-    if os.path.isdir("/dev/shm"):
-        filesystem = os.statvfs("/dev/shm")
+    if os.path.isdir(SHARED_MEMORY):
+        filesystem = os.statvfs(SHARED_MEMORY)
         shared_memory = filesystem.f_frsize * filesystem.f_blocks
-        lines.append(f"{'/dev/shm':<18} {shared_memory / 2**30:.1f} GiB")
+        lines.append(f"{SHARED_MEMORY:<18} {shared_memory / 2**30:.1f} GiB")
     return lines, check_limits(shared_memory, open_files, os.environ)
 
 
@@ -252,8 +254,8 @@ def check_limits(shared_memory: int | None, open_files: int, environment: Any) -
     if shared_memory is not None and shared_memory < MIN_SHARED_MEMORY_BYTES:
         problems.append(
             Problem(
-                f"/dev/shm has {shared_memory / 2**20:.0f} MiB: ranks and data loaders exchange "
-                "data through it",
+                f"{SHARED_MEMORY} has {shared_memory / 2**20:.0f} MiB: ranks and data loaders "
+                "exchange data through it",
                 "start the container with --shm-size=8g or --ipc=host, or: "
                 "mount -o remount,size=8g /dev/shm",
             )

@@ -18,12 +18,21 @@ class CheckpointConfig:
     """Directory to write checkpoints to. None: nothing is saved."""
     load: str | None = None
     """Directory to take the newest checkpoint from."""
+    start_anew: bool = False
+    """Begin at iteration 0 in a --save that has checkpoints; these are moved to a folder earlier-N
+    in it. Without this flag and without --load such a --save is refused."""
+    allow_changed_data_order: bool = False
+    """Go on from a checkpoint although the training data, or the order in which its samples come,
+    is another one: some samples are repeated and others left out."""
     save_interval: int | None = option(None, at_least=1, synonyms=("persistent_save_interval",))
     """Iterations between two checkpoints. Without it: only when the training ends or is stopped."""
     keep_last: int | None = option(None, at_least=1)
     """Delete all but this many newest checkpoints. None: keep all."""
     async_save: bool = False
     """Write checkpoints in the background while the training goes on."""
+    checksums: Literal["xxh3_128", "sha256", "none"] = "xxh3_128"
+    """Sums of a checkpoint's files, written with it; whichever it has are compared at load. sha256
+    is slow, and what megatron-core 0.19 compares as well. none: neither written nor compared."""
     no_save_optim: bool = False
     """Leave the optimizer's state out of checkpoints."""
     no_save_rng: bool = False

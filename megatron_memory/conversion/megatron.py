@@ -28,6 +28,7 @@ from megatron_memory.exceptions import CheckpointError, ConfigurationError, Data
 from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
+from megatron_memory.training.checkpoint.checksums import MARK, NO_SUMS, check_sums, write_sums
 from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.loader import locate, read_common
 from megatron_memory.training.checkpoint.state import USAGE_SINCE
@@ -50,8 +51,12 @@ class Layout:
     memory_parallel_size: int = 1
 
 
-def read_megatron(load: Path) -> SavedState:
+def read_megatron(load: Path, *, with_sums: bool = True) -> SavedState:
     """A training's checkpoint: the newest in a directory, or an iteration's folder.
+
+    Args:
+        load: where it is.
+        with_sums: compare its files with their checksums first.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it does not say what model it is.
@@ -63,13 +68,16 @@ def read_megatron(load: Path) -> SavedState:
             "program's, tools/convert_checkpoint.py --from hf or lingua makes one"
         )
     metadata = check_whole(folder)
+    common = read_common(folder)
+    notes = ()
+    if with_sums and not check_sums(folder, common):
+        notes = (NO_SUMS.format(folder),)
     config = saved_config(folder)
     if config is None:
         raise CheckpointError(
             f"{folder / folders.CONFIG_FILE} is missing, which describes the model. Copy the "
             "training's config.yaml there"
         )
-    common = read_common(folder)
     vocab_size = common.get("vocab_size", config.data.vocab_size)
     if vocab_size is None:
         raise CheckpointError(f"{folder} does not say how many tokens its vocabulary has")
@@ -89,6 +97,7 @@ def read_megatron(load: Path) -> SavedState:
         common=common,
         tokenizer=_tokenizer(config),
         generation=GenerationSettings.of_common(common, folder),
+        notes=notes,
     )
 
 
@@ -146,7 +155,8 @@ def write_megatron(
         CheckpointError, OSError: a tensor cannot be read, or the folder not be written.
     """
     config = _config_for(state, save, layout, dtype)
-    raise_problems([*memory_problems(config), *parallel_problems(config, _num_ranks(layout))])
+    any_run, ranks = _with_divisible_batch(config, layout), _num_ranks(layout)
+    raise_problems([*memory_problems(any_run), *parallel_problems(any_run, ranks)])
     iteration = folders.begin(folder, state.iteration)
     write_dcp(iteration, _tensors(state, config, dtype))
     torch.save(_common(state, layout), iteration / "common.pt")
@@ -154,6 +164,7 @@ def write_megatron(
     format_name |= {"common_backend": "torch", "common_backend_version": 1}
     (iteration / "metadata.json").write_text(json.dumps(format_name), "utf-8")
     save_config(config, iteration / folders.CONFIG_FILE)
+    write_sums(iteration, CheckpointConfig().checksums)
     if state.tokenizer is not None:
         _check_is_tokenizer(state.tokenizer, config)
         copy_tokenizer(state.tokenizer, folder / TOKENIZER)
@@ -175,6 +186,13 @@ def _check_is_tokenizer(path: Path, config: Config) -> None:
         build_tokenizer(config.data.tokenizer_type, str(path), vocab_size=config.data.vocab_size)
     except (ConfigurationError, DataError) as error:
         raise CheckpointError(f"the checkpoint's tokenizer cannot be copied: {error}") from error
+
+
+def _with_divisible_batch(config: Config, layout: Layout) -> Config:
+    """The batch of the training that wrote a checkpoint says nothing of the one that loads it."""
+    batch = _num_ranks(layout) * layout.pipeline_parallel_size
+    training = dataclasses.replace(config.training, micro_batch_size=1, global_batch_size=batch)
+    return dataclasses.replace(config, training=training)
 
 
 def _num_ranks(layout: Layout) -> int:
@@ -265,5 +283,6 @@ def _common(state: SavedState, layout: Layout) -> dict:
         },
         "device": "cpu",
         "has_generators": False,
+        MARK: True,
         "content_metadata": {"chained_optim_avoid_prefix": True},
     }

@@ -85,7 +85,17 @@ def test_requirements_and_pyproject_name_the_same_packages():
     by_name = {requirement.name: requirement for requirement in pinned}
     accepted = doctor.accepted_requirements()
     assert set(by_name) - {r.name for r in accepted} == {
-        *("pytest", "pytest-xdist", "ruff", "mypy", "codespell", "zstandard", "pyarrow")
+        *(
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "codespell",
+            "bandit",
+            "pip-audit",
+            "zstandard",
+            "pyarrow",
+        )
     }
     for requirement in accepted:
         exact = doctor.tested_versions().get(requirement.name)

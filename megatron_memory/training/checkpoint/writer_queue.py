@@ -19,6 +19,9 @@ from multiprocessing.managers import SyncManager
 from queue import Queue
 from typing import Any
 
+_JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+"""`stopping.STOP_SIGNALS`, whose module is too heavy for this process."""
+
 
 class SealedQueue:
     """A manager's queue whose items the manager does not open; what megatron-core uses of one."""
@@ -36,7 +39,8 @@ class SealedQueue:
         Raises:
             queue.Empty: there is none.
         """
-        return pickle.loads(self._queue.get_nowait())
+        # What this run's own writers put in: no file, and nobody else, reaches this queue.
+        return pickle.loads(self._queue.get_nowait())  # nosec B301
 
 
 def start_writer_queue() -> None:
@@ -51,7 +55,7 @@ def start_writer_queue() -> None:
 
 
 def _become_server() -> None:
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in _JOB_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "the server of the writers' queue runs in a process of its own"
