@@ -123,9 +123,8 @@ def _write(state: SavedState, target: Target, folder: Path, dtype: torch.dtype) 
             pipeline_parallel_size=target.target_pipeline_parallel_size,
             memory_parallel_size=target.target_memory_parallel_size,
         )
-        write_megatron(state, folder, Path(target.save), layout, dtype)
-    else:
-        write_lingua(state, folder, dtype)
+        return write_megatron(state, folder, Path(target.save), layout, dtype)
+    write_lingua(state, folder, dtype)
     return []
 
 

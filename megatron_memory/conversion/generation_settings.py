@@ -1,11 +1,6 @@
-"""How a model is to generate: stop tokens, begin, padding, sampling; carried along, never read.
+"""How a Hugging Face folder says that its model is to generate: generation_config.json, and in part
+config.json."""
 
-A Hugging Face folder says it in generation_config.json, and in part in config.json. A checkpoint of
-ours keeps both under `generation` among its plain values, which training from it copies into the
-checkpoints that it writes.
-"""
-
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +8,7 @@ from typing import Any
 
 from megatron_memory.conversion.links import files_of
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 FILE = "generation_config.json"
 _IDS = (
@@ -52,45 +48,6 @@ IN_CONFIG = (*_IDS, *_OTHERS)
 """What of it a config.json may say; older versions of transformers wrote all of it there."""
 # Which version wrote the file is not a setting.
 _OF_FILE = ("transformers_version", "_from_model_config")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-    """What a folder says of generation, as plain JSON values."""
-
-    in_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of config.json."""
-    in_file: Mapping[str, Any] | None = None
-    """Of generation_config.json; None: there is no such file."""
-
-    @classmethod
-    def of_tokens(cls, tokens: Mapping[str, Any]) -> "GenerationSettings":
-        """Of a model that was trained here: its tokenizer's special tokens."""
-        return cls(in_config=dict(tokens), in_file=dict(tokens))
-
-    @classmethod
-    def of_common(cls, common: Mapping[str, Any], where: object) -> "GenerationSettings | None":
-        """As a checkpoint of ours keeps them; None where it has none.
-
-        Raises:
-            CheckpointError: they are damaged.
-        """
-        stored = common.get("generation")
-        if stored is None:
-            return None
-        try:
-            return cls(in_config=dict(stored["in_config"]), in_file=stored["in_file"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{where}: its generation settings are damaged") from error
-
-    def as_common(self) -> dict[str, Any]:
-        """The reverse of `of_common`."""
-        return {"in_config": dict(self.in_config), "in_file": self.in_file}
-
-    def stop_tokens(self) -> tuple[int, ...]:
-        """Every id that ends a text."""
-        found = (self.in_file or self.in_config).get("eos_token_id")
-        return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
 
 def read_generation(folder: Path, config: Mapping[str, Any]) -> GenerationSettings:

@@ -20,7 +20,7 @@ from megatron_memory.config.checks_memory import memory_problems
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.decoder import check_is_like_llama, check_size, decoder_rules
 from megatron_memory.conversion.generation_settings import FILE as GENERATION
-from megatron_memory.conversion.generation_settings import GenerationSettings, read_generation
+from megatron_memory.conversion.generation_settings import read_generation
 from megatron_memory.conversion.hf_card import model_card
 from megatron_memory.conversion.hf_families import (
     FAMILIES,
@@ -52,6 +52,7 @@ from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.conversion.tokenizer_files import tokenizer_files
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 CONFIG = "config.json"
 # Of all files that are read.

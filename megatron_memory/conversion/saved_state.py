@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_memory.config import Config
-from megatron_memory.conversion.generation_settings import GenerationSettings
 from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 Tensors = dict[str, LazyTensor]
 
