@@ -107,12 +107,8 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         ) from error
     saved = saved_config(folder)
     notes = [] if saved is None else check_same_architecture(folder, saved, config)
-    if common.get("vocab_size", vocab_size) != vocab_size:
-        raise CheckpointError(
-            f"{folder} was trained with {common['vocab_size']} tokens, and the tokenizer of this "
-            f"run (or --vocab-size) has {vocab_size}. Use the tokenizer it was trained with"
-        )
     shapes = tensor_shapes(metadata)
+    notes += _vocabulary_notes(folder, common.get("vocab_size", vocab_size), vocab_size, shapes)
     objects = frozenset(metadata.state_dict_metadata.keys() - shapes.keys())
     return Found(
         folder=folder,
@@ -122,6 +118,29 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         common=common,
         notes=notes,
         saved=saved,
+    )
+
+
+def _vocabulary_notes(
+    folder: Path, saved: int, ours: int, shapes: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """That every id of this run has a row in the checkpoint: among its tokens, or its padding.
+
+    Raises:
+        CheckpointError: there are too few, or the run has fewer tokens than the checkpoint.
+    """
+    if saved == ours:
+        return []
+    rows = shapes.get("embedding.word_embeddings.weight", (saved,))[0]
+    if saved < ours <= rows:
+        return [
+            f"--vocab-size {saved} there, {ours} here: ids {saved} to {ours - 1} take rows of the "
+            "vocabulary's padding, which no token has trained"
+        ]
+    raise CheckpointError(
+        f"{folder} was trained with {saved} tokens, and the tokenizer of this run (or "
+        f"--vocab-size) has {ours}, with {rows} rows to take them from. Use the tokenizer it was "
+        f"trained with, or give --vocab-size: {saved} to {rows}"
     )
 
 
