@@ -53,6 +53,8 @@ def convert(conversion: Conversion, notify: Notify) -> None:
         state = read_checkpoint(source.source_format, load)
         for note in state.notes:
             notify(f"note: {note}")
+        # Before a copy is left out, whether or not the result is verified.
+        check_twins(state)
         state = _prepared(state, target, notify)
         dtype = _dtype(state, target)
         with shown(state, "writing") as counted:
@@ -76,6 +78,8 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
             )
         state = dataclasses.replace(state, tokenizer=Path(target.tokenizer_model))
     if target.weights_only:
+        if state.usage:
+            notify("note: --weights-only leaves the counts of slots read out, too")
         # The exact weights are the optimizer's, and what is asked for all the same.
         if target.dtype == "fp32":
             state = dataclasses.replace(state, weights=state.exact_weights)
@@ -141,7 +145,6 @@ def _verifies(checking: Checking, num_parameters: int, notify: Notify) -> bool:
 def _verify(state: SavedState, conversion: Conversion, dtype: torch.dtype, notify: Notify) -> None:
     source, target = conversion.source, conversion.target
     load, save = Path(source.load), Path(target.save)
-    check_twins(state)
     count = check_read_back(state, target.target_format, save, dtype)
     notify(f"verified: {count} tensors read back bit for bit, none missing, none left over")
     report = compare_logits(state, source.source_format, load, target.target_format, save, dtype)
