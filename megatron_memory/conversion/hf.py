@@ -54,6 +54,7 @@ from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.conversion.tokenizer_files import tokenizer_files
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.reading.documents import read_json
 from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 CONFIG = "config.json"
@@ -149,13 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: holds no {CONFIG}: no Hugging Face model. Check the path, and --from"
         )
-    try:
-        values = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / CONFIG}: holds no JSON object")
-    return values
+    return read_json(folder / CONFIG, CheckpointError)
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Written from the files' own content and PyTorch's documentation: nothing here is
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,14 +28,18 @@ from megatron_memory.conversion.decoder import (
     memory_linear_layers,
     memory_prefix,
 )
-from megatron_memory.conversion.lazy import from_memory
+from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.lingua_groups import groups_of
 from megatron_memory.conversion.lingua_params import config_of, params_of
 from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twins
 from megatron_memory.conversion.saved_state import SavedState, Tensors, Twin
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import check_stored, read_metadata
+from megatron_memory.reading.documents import read_json
+from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.torch_files import load_torch_file
+from megatron_memory.training.checkpoint.integrity import check_stored
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 
 PARAMS = "params.json"
 CONSOLIDATED = "consolidated.pth"
@@ -146,7 +151,7 @@ def read_lingua(load: Path) -> SavedState:
         CheckpointError: there is none, it is damaged, or a setting has no equal here.
     """
     folder = locate_lingua(load)
-    params = _read_json(folder / PARAMS)
+    params = read_json(folder / PARAMS, CheckpointError)
     stored = stored_tensors(folder)
     weights = _under(stored, _MODEL)
     vocab = weights.get(_NAMES.embedding)
@@ -205,12 +210,13 @@ def stored_tensors(folder: Path) -> Tensors:
         check_stored(folder, metadata)
         return StoredTensors(folder, metadata).tensors()
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Without the optimizer's part it is the model's tensors themselves.
-        parts = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
-    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
-    except Exception as error:
+        loaded = load_torch_file(path, mmap=True)
+    except (UnsafeFile, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read, or holds code: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds no tensors by name")
+    # Without the optimizer's part it is the model's tensors themselves.
+    parts = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
     return {key: from_memory(tensor) for key, tensor in _flat(parts, "")}
 
 
@@ -291,19 +297,40 @@ def _step(stored: Tensors, folder: Path) -> int:
     """Updates taken, of which the optimizer keeps a count for each parameter.
 
     Raises:
-        CheckpointError: the counts do not agree.
+        CheckpointError: the counts do not agree, or are none.
     """
-    states = _states(stored, _STEP)
-    counts = {int(tensor.read().item()) for tensor in states.values()}
-    state_file = folder / _STATE_FILE
+    state_file, step = folder / _STATE_FILE, _step_of(folder)
+    counts = {_count(name, tensor, folder) for name, tensor in _states(stored, _STEP).items()}
     if state_file.is_file():
-        counts.add(_read_json(state_file).get("step", 0))
+        counts.add(_saved_step(state_file, step))
     if len(counts) > 1:
         raise CheckpointError(
             f"{folder}: the optimizer's states and {_STATE_FILE} count different steps, "
             f"{', '.join(map(str, sorted(counts)))}: the files are of several checkpoints"
         )
-    return counts.pop() if counts else _step_of(folder)
+    return counts.pop() if counts else step
+
+
+def _count(name: str, tensor: LazyTensor, folder: Path) -> int:
+    count = tensor.read().item() if math.prod(tensor.shape) == 1 else None
+    if count is None or not 0 <= count < 2**63 or count != int(count):
+        raise CheckpointError(f"{folder}: {_OPTIMIZER}{name}.{_STEP} is no number of steps")
+    return int(count)
+
+
+def _saved_step(path: Path, expected: int) -> int:
+    """The position that a file says, which must be its folder's."""
+    step = read_json(path, CheckpointError).get("step", expected)
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise CheckpointError(
+            f"{path}: step is {step!r:.80}, and must be a whole number, 0 or more"
+        )
+    if expected and step != expected:
+        raise CheckpointError(
+            f"{path}: says step {step}, and its folder is named after step {expected}. Give the "
+            "folder its own name, or copy the checkpoint again"
+        )
+    return step
 
 
 def _step_of(folder: Path) -> int:
@@ -318,16 +345,6 @@ def _notes(config: Config, stored: Tensors) -> tuple[str, ...]:
     if config.data.tokenizer_type is None:
         notes.append("the tokenizer is not part of the checkpoint: give --tokenizer-model to train")
     return tuple(notes)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return found
 
 
 def write_lingua(state: SavedState, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -60,7 +60,8 @@ class TextTokenizer:
     hash: str
     """See tokenizer_hash; whether special tokens are added does not change it."""
     definition: str | None
-    """The `tokenizer.json` that says how a text becomes ids, for Hugging Face's fast tokenizers."""
+    """What says how a text becomes ids, for Hugging Face's fast tokenizers: a `tokenizer.json` as
+    the tokenizers library writes it, with the ids that it gives."""
 
 
 def load_text_tokenizer(options: TokenizerOptions) -> TextTokenizer:
@@ -153,7 +154,7 @@ def _from_definition(definition: str, named: dict[str, str]) -> TextTokenizer:
             eod=eod,
             vocabulary=vocabulary,
         ),
-        definition=definition,
+        definition=tokenizer.to_str(),
     )
 
 

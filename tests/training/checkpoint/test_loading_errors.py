@@ -10,8 +10,9 @@ import torch
 
 from megatron_memory.config import Config, save_config
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import check_whole, read_metadata
+from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.loader import find_checkpoint
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import VOCAB, change, runs, tiny_config
 
