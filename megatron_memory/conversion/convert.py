@@ -12,6 +12,7 @@ from megatron_memory.conversion.hf import read_hf, write_hf
 from megatron_memory.conversion.lingua import read_lingua, write_lingua
 from megatron_memory.conversion.megatron import Layout, read_megatron, write_megatron
 from megatron_memory.conversion.options import Checking, Conversion, Format, Target
+from megatron_memory.conversion.own_tokenizer import check_is_the_trainings
 from megatron_memory.conversion.progress import shown
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.conversion.verify import check_read_back, check_twins, compare_logits
@@ -77,6 +78,9 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
                 f"--tokenizer-model {target.tokenizer_model}: there is no such file or folder"
             )
         state = dataclasses.replace(state, tokenizer=Path(target.tokenizer_model))
+    if target.target_format != "lingua":
+        is_given = target.tokenizer_model is not None
+        check_is_the_trainings(state, is_given=is_given, notify=notify)
     if target.weights_only:
         if state.usage:
             notify("note: --weights-only leaves the counts of slots read out, too")
