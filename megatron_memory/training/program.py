@@ -6,6 +6,7 @@ import torch
 
 from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
+from megatron_memory.data.tokenizer_hash import TOKENIZER_HASH, hash_of
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
 from megatron_memory.planning.copies import copies_notes
 from megatron_memory.planning.fit import check_parameters_fit
@@ -110,6 +111,7 @@ def _build_trainer(
     saver = None
     if config.checkpoint.save is not None:
         kept = {} if found is None else carried(found.common)
+        kept[TOKENIZER_HASH] = hash_of(tokenizer)
         saver = CheckpointSaver(setup, vocab_size, lease, kept)
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
