@@ -106,7 +106,9 @@ def _build_trainer(
     if found is not None:
         load_checkpoint(setup, found, console.say)
     clear_save(config.checkpoint, loaded, console.say)
-    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size, lease)
+    saver = None
+    if config.checkpoint.save is not None:
+        saver = CheckpointSaver(setup, vocab_size, lease, console.say)
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()

@@ -8,6 +8,7 @@ import torch
 
 from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
+from megatron_memory.exceptions import CheckpointError, TrainingError
 from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.training.checkpoint.changes import DATA_ORDER
 from megatron_memory.training.checkpoint.data_order import as_plain, read_parts
@@ -82,7 +83,8 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is not finite.
-            CheckpointError: a checkpoint could not be written.
+            SaveError: checkpoints could not be written.
+            CheckpointError: another run writes to --save now.
         """
         self._started, self._start_iteration = time.monotonic(), self.position.iteration
         self._console.start(self.position.iteration, self._training.train_iters)
@@ -91,6 +93,10 @@ class Trainer:
             if stop is None:
                 stop = self._run_steps()
             stop = self._finish(stop)
+        except TrainingError:
+            # All ranks meet it, so that together they can complete what is being written.
+            self._complete_pending_save()
+            raise
         finally:
             self._console.stop()
             self._curves.close()
@@ -220,9 +226,19 @@ class Trainer:
         began = time.perf_counter()
         with whole_weights(self.setup):
             folder = self._saver.save(self.position, self._record())
+        if folder is None:
+            return
         self._last_saved = self.position
         how = "is being saved in the background" if self._config.checkpoint.async_save else "saved"
         self._console.say(f"{folder} {how} ({time.perf_counter() - began:.1f} s)")
+
+    def _complete_pending_save(self) -> None:
+        if self._saver is None:
+            return
+        try:
+            self._saver.finish()
+        except CheckpointError as error:
+            self._console.say(f"{type(error).__name__}: {error}")
 
     def _record(self) -> dict[str, Any]:
         """What a run that goes on must know, beyond the training's state."""
@@ -238,7 +254,7 @@ class Trainer:
             stop = self._evaluate_at_end()
             self._save()
         if self._saver is not None:
-            self._saver.finish()
+            self._saver.close()
         if stop is not None:
             saved = "nothing is saved without --save" if self._saver is None else "saved"
             if self.position.iteration == 0:
