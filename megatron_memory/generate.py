@@ -44,6 +44,8 @@ def _run(argv: Sequence[str]) -> int:
     try:
         generator = load_generator(request.source, backend)
         _say(f"loaded {generator.saved.folder}")
+        for note in generator.notes:
+            _say(note)
         if generator.kernels is not None:
             _say(generator.kernels)
         started = time.perf_counter()

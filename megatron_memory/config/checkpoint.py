@@ -33,6 +33,9 @@ class CheckpointConfig:
     is tried again after another --save-interval."""
     async_save: bool = False
     """Write checkpoints in the background while the training goes on."""
+    checksums: Literal["xxh3_128", "sha256", "none"] = "xxh3_128"
+    """Sums of a checkpoint's files, written with it; whichever it has are compared at load. sha256
+    is slow, and what megatron-core 0.19 compares as well. none: neither written nor compared."""
     no_save_optim: bool = False
     """Leave the optimizer's state out of checkpoints."""
     no_save_rng: bool = False

@@ -27,6 +27,7 @@ from megatron_memory.exceptions import CheckpointError
 from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
+from megatron_memory.training.checkpoint.checksums import MARK, NO_SUMS, check_sums, write_sums
 from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.loader import locate, read_common
 from megatron_memory.training.checkpoint.state import USAGE_SINCE
@@ -48,8 +49,12 @@ class Layout:
     memory_parallel_size: int = 1
 
 
-def read_megatron(load: Path) -> SavedState:
+def read_megatron(load: Path, *, with_sums: bool = True) -> SavedState:
     """A training's checkpoint: the newest in a directory, or an iteration's folder.
+
+    Args:
+        load: where it is.
+        with_sums: compare its files with their checksums first.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it does not say what model it is.
@@ -61,13 +66,16 @@ def read_megatron(load: Path) -> SavedState:
             "program's, tools/convert_checkpoint.py --from hf or lingua makes one"
         )
     metadata = check_whole(folder)
+    common = read_common(folder)
+    notes = ()
+    if with_sums and not check_sums(folder, common):
+        notes = (NO_SUMS.format(folder),)
     config = saved_config(folder)
     if config is None:
         raise CheckpointError(
             f"{folder / folders.CONFIG_FILE} is missing, which describes the model. Copy the "
             "training's config.yaml there"
         )
-    common = read_common(folder)
     vocab_size = common.get("vocab_size", config.data.vocab_size)
     if vocab_size is None:
         raise CheckpointError(f"{folder} does not say how many tokens its vocabulary has")
@@ -86,6 +94,7 @@ def read_megatron(load: Path) -> SavedState:
         consumed_samples=common.get("consumed_samples", 0),
         common=common,
         tokenizer=_tokenizer(config),
+        notes=notes,
     )
 
 
@@ -140,6 +149,7 @@ def write_megatron(
     format_name |= {"common_backend": "torch", "common_backend_version": 1}
     (iteration / "metadata.json").write_text(json.dumps(format_name), "utf-8")
     save_config(config, iteration / folders.CONFIG_FILE)
+    write_sums(iteration, CheckpointConfig().checksums)
     if state.tokenizer is not None:
         copy_tokenizer(state.tokenizer, folder / _TOKENIZER)
     omit = () if state.iteration else _OF_TRAINING
@@ -240,5 +250,6 @@ def _common(state: SavedState, layout: Layout) -> dict:
         },
         "device": "cpu",
         "has_generators": False,
+        MARK: True,
         "content_metadata": {"chained_optim_avoid_prefix": True},
     }

@@ -77,7 +77,9 @@ class Generator:
         )
         model: torch.nn.Module
         (model,) = build_model(config, backend, padded)
-        load_weights([model], config, vocab_size, saved.folder)
+        self.notes: list[str] = []
+        """What is to be said of the checkpoint."""
+        load_weights([model], config, vocab_size, saved.folder, self.notes.append)
         if config.precision.bf16:
             model = Float16Module(model.config, model)
         self.model = model.eval().requires_grad_(False)

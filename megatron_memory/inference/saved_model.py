@@ -19,7 +19,7 @@ from megatron_memory.optional import is_installed
 from megatron_memory.runtime import Backend
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
-from megatron_memory.training.checkpoint.loader import locate
+from megatron_memory.training.checkpoint.loader import check_small_files, locate, read_common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ def find_saved_model(source: ModelSource, backend: Backend, world_size: int) -> 
             that this machine lacks.
     """
     folder = _folder(source)
+    # The tensors' are compared when they are loaded.
+    check_small_files(folder, read_common(folder))
     saved = saved_config(folder)
     if saved is None:
         raise CheckpointError(

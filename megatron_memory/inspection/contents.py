@@ -8,6 +8,7 @@ from typing import Any
 from megatron_memory.config import Config
 from megatron_memory.conversion.convert import read_checkpoint
 from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.conversion.megatron import read_megatron
 from megatron_memory.conversion.options import Format
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.exceptions import CheckpointError
@@ -15,6 +16,7 @@ from megatron_memory.inspection.files import folder_of, read_files
 from megatron_memory.inspection.formats import detect_format
 from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint.architecture import saved_config
+from megatron_memory.training.checkpoint.checksums import NO_SUMS, check_sums
 from megatron_memory.training.checkpoint.folders import iteration_of
 from megatron_memory.training.checkpoint.loader import read_common
 
@@ -91,13 +93,16 @@ def _steps(value: Any) -> set[int]:
     return found | ({int(step)} if isinstance(step, int | float) else set())
 
 
-def open_checkpoint(load: Path, format_name: Format | None = None, *, raw: bool) -> Contents:
+def open_checkpoint(
+    load: Path, format_name: Format | None = None, *, raw: bool, verify: bool = False
+) -> Contents:
     """Open a checkpoint: by our names where it can be read as a model, else by its files' names.
 
     Args:
         load: a run's folder or a checkpoint's.
         format_name: None: found by its files.
         raw: always by its files' names.
+        verify: compare its files with their checksums.
 
     Raises:
         CheckpointError: there is none, or nothing can be said about what it holds.
@@ -107,13 +112,14 @@ def open_checkpoint(load: Path, format_name: Format | None = None, *, raw: bool)
         raise CheckpointError(f"--load {load}: there is no such folder. Check the path")
     folder = folder_of(load, format_name)
     files, damage = read_files(folder, format_name)
+    notes = _verify(folder, format_name, damage) if verify else []
     if raw:
-        return _by_file(load, format_name, folder, files, damage, notes=[])
+        return _by_file(load, format_name, folder, files, damage, notes)
     try:
-        state = read_checkpoint(format_name, load)
+        state = _read(format_name, load)
     except CheckpointError as error:
         damage.append(f"it cannot be read as a model, hence the files' own names: {error}")
-        return _by_file(load, format_name, folder, files, damage, notes=[])
+        return _by_file(load, format_name, folder, files, damage, notes)
     padded = files.get(_EMBEDDING)
     copies = _copies(state)
     tensors = _by_our_names(state) | {name: copy for name, (_, copy) in copies.items()}
@@ -131,8 +137,35 @@ def open_checkpoint(load: Path, format_name: Format | None = None, *, raw: bool)
         padded_vocab_size=None if padded is None else padded.num_rows,
         common=state.common,
         damage=tuple(damage),
-        notes=state.notes,
+        notes=(*notes, *state.notes),
     )
+
+
+def _read(format_name: Format, load: Path) -> SavedState:
+    """Its sums are compared where that is asked for: otherwise a look reads all files twice."""
+    if format_name == "megatron":
+        return read_megatron(load, with_sums=False)
+    return read_checkpoint(format_name, load)
+
+
+def _verify(folder: Path, format_name: Format, damage: list[str]) -> list[str]:
+    """Add what is damaged to the list, and return what else is to be told."""
+    if format_name != "megatron":
+        return [f"--verify: a checkpoint of the format {format_name} has no checksums"]
+    try:
+        has_sums = check_sums(folder, _common(folder, damage))
+    except CheckpointError as error:
+        damage.append(str(error))
+        return []
+    return ["every file is what was written"] if has_sums else [NO_SUMS.format(folder)]
+
+
+def _common(folder: Path, damage: list[str]) -> dict[str, Any]:
+    try:
+        return read_common(folder)
+    except CheckpointError as error:
+        damage.append(str(error))
+        return {}
 
 
 def _by_our_names(state: SavedState) -> Tensors:
@@ -163,7 +196,7 @@ def _copies(state: SavedState) -> dict[str, tuple[str, LazyTensor]]:
 def _by_file(
     load: Path, format_name: Format, folder: Path, files: Tensors, damage: list[str], notes: list
 ) -> Contents:
-    config, common = None, {}
+    config, common = None, dict[str, Any]()
     if format_name == "megatron":
         try:
             config = saved_config(folder)
@@ -171,10 +204,7 @@ def _by_file(
                 notes.append("there is no config.yaml: another program wrote it, or it was left")
         except CheckpointError as error:
             damage.append(str(error))
-        try:
-            common = read_common(folder)
-        except CheckpointError as error:
-            damage.append(str(error))
+        common = _common(folder, damage)
     padded = files.get(_EMBEDDING)
     return Contents(
         load=load,

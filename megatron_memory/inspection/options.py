@@ -31,6 +31,8 @@ class Output:
     """Read and list only the tensors whose names match, as in "*.router.*"."""
     no_values: bool = False
     """Names, shapes and types alone: no tensor is read."""
+    verify: bool = False
+    """Compare every file with the checksum that was written with it; all of them are read."""
     json: bool = False
     """All of it as JSON, for programs."""
 
@@ -51,6 +53,10 @@ class Inspection:
             raise ConfigurationError(
                 f"{len(given)} checkpoints are named ({', '.join(given) or 'none'}): give one, as "
                 "in inspect_checkpoint.py DIR, or two, as in inspect_checkpoint.py --diff DIR DIR"
+            )
+        if self.subject.diff and self.output.verify:
+            raise ConfigurationError(
+                "--verify looks at one checkpoint: leave it out, or look at each alone"
             )
         if self.subject.diff and self.output.no_values:
             raise ConfigurationError(

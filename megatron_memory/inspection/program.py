@@ -39,7 +39,9 @@ def inspect(inspection: Inspection, say: Say) -> int:
     format_name = None if subject.format == "auto" else subject.format
     if len(inspection.paths) == 2:
         return _compare(inspection, format_name, say)
-    contents = open_checkpoint(Path(inspection.paths[0]), format_name, raw=subject.raw)
+    contents = open_checkpoint(
+        Path(inspection.paths[0]), format_name, raw=subject.raw, verify=output.verify
+    )
     tensors = matching(contents.tensors, output.tensors)
     findings = None
     if not output.no_values:

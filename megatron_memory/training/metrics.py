@@ -13,7 +13,7 @@ class Report:
     iteration: int
     """The interval's last."""
     loss: float
-    """Mean over the interval, in nats a token."""
+    """Mean over the interval's tokens that are not masked, in nats; NaN where all are."""
     last: StepResult
     """The interval's last step: gradient norms and learning rates."""
     num_skipped: int
@@ -76,8 +76,10 @@ class Interval:
 
     @property
     def loss(self) -> float:
-        """Mean loss."""
-        return sum(result.loss for result in self.results) / self.num_steps
+        """Mean over the tokens of all steps; NaN where there are none."""
+        num_tokens = sum(result.num_tokens for result in self.results)
+        total = sum(result.loss * result.num_tokens for result in self.results)
+        return total / num_tokens if num_tokens else float("nan")
 
     @property
     def num_skipped(self) -> int:

@@ -10,6 +10,7 @@ from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
 from megatron_memory.exceptions import CheckpointError, TrainingError
 from megatron_memory.planning.flops import flops_per_token
+from megatron_memory.runtime.distributed import seed_step
 from megatron_memory.training.checkpoint.changes import DATA_ORDER
 from megatron_memory.training.checkpoint.data_order import as_plain, read_parts
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
@@ -130,6 +131,7 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         began = time.perf_counter()
+        seed_step(self._training.seed, self.position.iteration)
         result = train_step(self.setup, batches, self._num_microbatches)
         self._interval.add(result, time.perf_counter() - began)
         self.position = Position(

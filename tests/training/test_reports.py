@@ -115,6 +115,7 @@ def test_overwritten_iterations_are_hidden_in_the_curves(dataset: str, tmp_path:
 def _report(**changes) -> Report:
     step = StepResult(
         loss=2.0,
+        num_tokens=64.0,
         grad_norm=1.5,
         value_grad_norm=0.25,
         learning_rate=1e-3,
@@ -178,8 +179,12 @@ def test_no_utilization_without_a_known_peak():
 
 
 def test_interval_means():
+    """A token weighs the same in every step; a step without tokens nothing."""
     interval = Interval()
-    for loss, skipped in ((1.0, False), (2.0, True)):
-        result = _report().last
-        interval.add(StepResult(**{**vars(result), "loss": loss, "skipped": skipped}), seconds=0.25)
-    assert (interval.loss, interval.num_skipped, interval.seconds) == (1.5, 1, 0.5)
+    for loss, num_tokens, skipped in ((1.0, 30.0, False), (2.0, 10.0, True), (0.0, 0.0, False)):
+        changes = {"loss": loss, "num_tokens": num_tokens, "skipped": skipped}
+        interval.add(StepResult(**{**vars(_report().last), **changes}), seconds=0.25)
+    assert (interval.loss, interval.num_skipped, interval.seconds) == (1.25, 1, 0.75)
+    empty = Interval()
+    empty.add(StepResult(**{**vars(_report().last), "loss": 0.0, "num_tokens": 0.0}), seconds=0.25)
+    assert math.isnan(empty.loss)

@@ -21,6 +21,8 @@ from megatron_memory.runtime.distributed import seed_everything
 from megatron_memory.training.checkpoint import folders, rng_state, state
 from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_on_all
 from megatron_memory.training.checkpoint.architecture import check_same_architecture, saved_config
+from megatron_memory.training.checkpoint.checksums import NO_SUMS, check_sums
+from megatron_memory.training.checkpoint.checksums_together import check_sums_together
 from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
 from megatron_memory.training.checkpoint.optimizer_kinds import (
     fit_groups,
@@ -82,7 +84,8 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         None where there is none at all.
 
     Raises:
-        CheckpointError: it is damaged (and which older one is not), or of another architecture.
+        CheckpointError: it is damaged (and which older one is not), or of another architecture. The
+            files with its tensors are counted only: see `check_content`.
     """
     folder = locate(load)
     if folder is None:
@@ -90,6 +93,8 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
     try:
         metadata = check_whole(folder)
         common = read_common(folder)
+        if config.checkpoint.checksums != "none":
+            check_small_files(folder, common)
     except CheckpointError as error:
         raise CheckpointError(
             f"--load {load}: {error}.{_loadable_instead(folder.parent)}"
@@ -127,8 +132,37 @@ def _loadable_instead(root: Path) -> str:
         folder = folders.published_folder(root, iteration)
         with contextlib.suppress(CheckpointError):
             check_whole(folder)
+            check_sums(folder, read_common(folder))
             return f" Complete is iteration {iteration}: --load {folder}"
     return f" There is no complete checkpoint in {root}"
+
+
+def check_small_files(folder: Path, common: dict[str, Any]) -> None:
+    """Compare all files but those with tensors, which are only counted.
+
+    Raises:
+        CheckpointError: one is damaged, or any is missing, extra or of another size.
+    """
+    check_sums(folder, common, only=lambda name: not name.endswith(".distcp"))
+
+
+def check_content(found: Found, checksums: str, notify: Notify) -> None:
+    """Compare all files of a checkpoint with their sums; a collective call.
+
+    Raises:
+        CheckpointError: on every rank: a file is damaged; and which older checkpoint is not.
+    """
+    if checksums == "none":
+        notify(f"{found.folder}: its files are not compared with their sums (--checksums none)")
+        return
+    try:
+        has_sums = check_sums_together(found.folder, found.common)
+    except CheckpointError as error:
+        # On one rank, which has the other ranks wait: this is the way out, not the rule.
+        instead = ask_first_rank(lambda: _loadable_instead(found.folder.parent))
+        raise CheckpointError(f"{error}.{instead}") from error
+    if not has_sums:
+        notify(NO_SUMS.format(found.folder))
 
 
 def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
@@ -151,6 +185,7 @@ def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
         notify(f"no checkpoint in {load}: starting from random weights")
         return None
     check_load_is_alike(found.folder)
+    check_content(found, checkpoint.checksums, notify)
     if not checkpoint.finetune:
         _require_ours(found, with_optimizer=not checkpoint.no_load_optim)
     for note in found.notes:
@@ -208,7 +243,13 @@ def load_checkpoint(setup: TrainingSetup, found: Found, notify: Notify) -> None:
     notify(f"loaded {found.folder}, iteration {position.iteration}")
 
 
-def load_weights(model: list[torch.nn.Module], config: Config, vocab_size: int, load: Path) -> Path:
+def load_weights(
+    model: list[torch.nn.Module],
+    config: Config,
+    vocab_size: int,
+    load: Path,
+    notify: Notify = lambda line: None,
+) -> Path:
     """Load the weights alone, for use without an optimizer; a collective call.
 
     Args:
@@ -216,6 +257,7 @@ def load_weights(model: list[torch.nn.Module], config: Config, vocab_size: int, 
         config: describes the model.
         vocab_size: before padding.
         load: a directory with checkpoints, or one checkpoint's folder.
+        notify: receives a line where its content cannot be checked.
 
     Returns:
         the checkpoint's folder.
@@ -226,6 +268,7 @@ def load_weights(model: list[torch.nn.Module], config: Config, vocab_size: int, 
     found = ask_first_rank(lambda: find_checkpoint(load, config, vocab_size))
     if found is None:
         raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
+    check_content(found, config.checkpoint.checksums, notify)
     wanted = state.without_missing_extra_states(state.sharded_model(model), found.objects)
     _apply_weights(model, _read_tensors(wanted, found))
     return found.folder

@@ -16,9 +16,12 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_memory.config import save_config
 from megatron_memory.config.pools import with_share_groups
-from megatron_memory.exceptions import SaveError
+from megatron_memory.exceptions import CheckpointError, SaveError
 from megatron_memory.training.checkpoint import folders, state, writer_errors
 from megatron_memory.training.checkpoint.agreement import ask_first_rank
+from megatron_memory.training.checkpoint.checksums import MARK
+from megatron_memory.training.checkpoint.checksums_together import join_sums, with_sums
+from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.checkpoint.writer_queue import start_writer_queue
@@ -167,11 +170,17 @@ class CheckpointSaver:
             content_metadata=state.content_metadata(self._setup.config),
         )
         self._first_rank_writes(writer_errors.raise_kept)
+        if self._has_sums:
+            request = with_sums(request, folder, self._setup.config.checkpoint.checksums)
         request.add_finalize_fn(lambda: self._publish(position))
         if self._setup.config.checkpoint.async_save:
             self._running.schedule_async_request(request)
         else:
             request.execute_sync()
+
+    @property
+    def _has_sums(self) -> bool:
+        return self._setup.config.checkpoint.checksums != "none"
 
     def _state(self, position: Position) -> state.StateDict:
         setup, checkpoint = self._setup, self._setup.config.checkpoint
@@ -185,6 +194,7 @@ class CheckpointSaver:
             "layout": state.layout(setup.config),
             "device": setup.backend.device.type,
             "has_generators": not checkpoint.no_save_rng,
+            MARK: self._has_sums,
         }
         if not checkpoint.no_save_optim:
             saved |= state.sharded_optimizer(setup, model, is_loading=False)
@@ -206,7 +216,7 @@ class CheckpointSaver:
                 self._lease.require()
             try:
                 return function(), None
-            except OSError as error:
+            except (CheckpointError, OSError) as error:
                 return None, str(error)
 
         result, problem = ask_first_rank(attempt)
@@ -225,6 +235,9 @@ class CheckpointSaver:
         writer_errors.raise_kept()
         folder = folders.incomplete_folder(self._root, iteration, self._run)
         save_config(self._config, folder / folders.CONFIG_FILE)
+        check_whole(folder)
+        if self._has_sums:
+            join_sums(folder, self._setup.config.checkpoint.checksums)
         folders.publish(self._root, iteration, self._run)
 
     def _prune(self, iteration: int, keep_last: int) -> None:

@@ -10,10 +10,17 @@ import errno
 import re
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.mapping import StateDict
+from megatron.core.dist_checkpointing.strategies.common import (
+    COMMON_STATE_FNAME,
+    TorchCommonSaveStrategy,
+)
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 _MEANINGS = {
@@ -36,6 +43,7 @@ def install() -> None:
     if not hasattr(FileSystemWriterAsync.write_preloaded_data, "keeps_causes"):
         write = _with_causes(FileSystemWriterAsync.write_preloaded_data)
         FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+        TorchCommonSaveStrategy.save_common = _save_common
     for owner, name in (
         (FileSystemWriterAsync, "finish"),
         (TorchCommonSaveStrategy, "save_common"),
@@ -64,6 +72,15 @@ def meaning(text: str) -> str:
     """What to do about an error, from its text as Python writes it."""
     number = re.search(r"\[Errno (\d+)\]", text)
     return _MEANINGS.get(int(number[1]), _REST) if number else _REST
+
+
+def _save_common(
+    self: TorchCommonSaveStrategy, common_state_dict: StateDict, checkpoint_dir: str | Path
+) -> None:
+    """As megatron-core's, through a file of Python's: torch's own tells no cause."""
+    if dist.get_rank() == 0:
+        with open(Path(checkpoint_dir) / COMMON_STATE_FNAME, "wb") as file:
+            torch.save(common_state_dict, file)
 
 
 def _kept_for_later(function: Callable[..., Any]) -> Callable[..., Any]:
