@@ -33,7 +33,11 @@ _MEANINGS = {
     errno.EIO: "The disk, or the network to it, fails: look at the kernel's log",
     errno.ESTALE: "The network file system has lost the folder: mount it again",
 }
-_REST = "Check the space and the permissions there"
+_NOT_OF_DISK = (
+    "No disk says so: a process that writes was ended, or had too little memory. Look at the "
+    "kernel's log, and leave more memory free"
+)
+_REST = "Check the folder, its space and its permissions"
 
 _kept: list[BaseException] = []
 
@@ -71,7 +75,7 @@ def raise_kept() -> None:
 def meaning(text: str) -> str:
     """What to do about an error, from its text as Python writes it."""
     number = re.search(r"\[Errno (\d+)\]", text)
-    return _MEANINGS.get(int(number[1]), _REST) if number else _REST
+    return _MEANINGS.get(int(number[1]), _REST) if number else _NOT_OF_DISK
 
 
 def _save_common(
