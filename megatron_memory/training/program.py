@@ -18,6 +18,7 @@ from megatron_memory.training.checkpoint.changes import (
     check_optimizer_kind,
     setting_changes,
 )
+from megatron_memory.training.checkpoint.generation import carried
 from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
 from megatron_memory.training.checkpoint.save_folder import (
@@ -113,7 +114,8 @@ def _build_trainer(
     clear_save(config.checkpoint, loaded, console.say)
     saver = None
     if config.checkpoint.save is not None:
-        saver = CheckpointSaver(setup, vocab_size, lease, console.say)
+        kept = {} if found is None else carried(found.common)
+        saver = CheckpointSaver(setup, vocab_size, lease, console.say, kept)
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()

@@ -45,6 +45,7 @@ class CheckpointSaver:
         vocab_size: tokens before padding, which belong to the model's identity.
         lease: on rank 0, of `--save`; None: the caller is sure to be alone.
         say: told of every save that fails.
+        carried: plain values of the checkpoint that the run began with, which stay as they are.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class CheckpointSaver:
         vocab_size: int,
         lease: Lease | None = None,
         say: Callable[[str], None] = print,
+        carried: Mapping[str, Any] | None = None,
     ):
         assert setup.config.checkpoint.save is not None, "there is nowhere to save to"
         self._setup = setup
@@ -60,6 +62,7 @@ class CheckpointSaver:
         self._vocab_size = vocab_size
         self._root = Path(setup.config.checkpoint.save)
         self._lease, self._say = lease, say
+        self._carried = dict(carried or {})
         self._run = None if lease is None else lease.run
         self._strategy = _strategy()
         self._running = AsyncCallsQueue()
@@ -186,6 +189,7 @@ class CheckpointSaver:
         setup, checkpoint = self._setup, self._setup.config.checkpoint
         model = state.sharded_model(setup.model)
         saved: state.StateDict = {
+            **self._carried,
             **model,
             **state.sharded_usage(setup),
             "iteration": position.iteration,
