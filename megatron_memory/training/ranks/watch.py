@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_memory.exceptions import MEND_BY_USER
 from megatron_memory.runtime import processes
 from megatron_memory.training.ranks.beat import ENDED, LOST, RUNNING, Beat, whereabouts
+from megatron_memory.training.ranks.launcher import LauncherBeats
 from megatron_memory.training.ranks.verdict import View, find_culprits
 
 EXIT_RANK_FAILED = 4
@@ -57,6 +58,7 @@ class RankWatch:
 
     def __enter__(self) -> "RankWatch":
         global _num_watches
+        self._launcher = LauncherBeats()
         if self._is_on:
             _num_watches += 1
             # Its own connection: the main thread may hold the other one while it waits.
@@ -77,6 +79,7 @@ class RankWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._launcher.stop()
         if not self._is_on:
             return
         if error is not None and _is_loss(error):
@@ -91,6 +94,7 @@ class RankWatch:
     def advance(self, iteration: int | None = None) -> None:
         """There is progress: a microbatch, or an iteration is complete."""
         self._progress += 1
+        self._launcher.beat()
         if iteration is not None:
             self._iteration, self._phase = iteration, "training"
 
