@@ -104,6 +104,9 @@ class Lease:
         while not self._released.wait(_SECONDS_BETWEEN_BEATS):
             # A disk that fails for a while is no reason to end here: `require` finds what was lost.
             with contextlib.suppress(OSError):
+                seen = _read(self.path)
+                if seen is None or seen[0] != self.owner:
+                    return
                 os.utime(self.path)
 
     def _create(self) -> bool:

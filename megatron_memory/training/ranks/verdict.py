@@ -80,9 +80,10 @@ def _without_progress(
     if not_waiting:
         why = f"hangs: no rank has made progress for {still:.0f} s, and it waits for no other"
         return dict.fromkeys(not_waiting, why)
-    if not running:
-        return {rank: f"has lost the others: {beat.error}" for rank, beat in beats.items()}
-    behind = min(beat.progress for beat in running.values())
+    lost = {rank: beat for rank, beat in beats.items() if beat.state == LOST}
+    if lost:
+        return {rank: f"has lost the others: {beat.error}" for rank, beat in lost.items()}
+    behind = min((beat.progress for beat in running.values()), default=0)
     return {
         rank: f"waits for the others, as they do for it, for {still:.0f} s: it is the furthest back"
         for rank, beat in running.items()

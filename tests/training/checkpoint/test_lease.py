@@ -118,6 +118,9 @@ def test_lost_or_deleted_lease_is_noticed_and_not_taken_back(tmp_path: Path):
     _hold(tmp_path, pid=1)
     with pytest.raises(CheckpointError, match="run other, process 1 .* holds it now"):
         ours.require()
+    # It gives no sign of life for the other, either.
+    ours._heart.join(10)
+    assert not ours._heart.is_alive()
     ours.release()
     assert (tmp_path / LEASE_FILE).exists()
     (tmp_path / LEASE_FILE).unlink()

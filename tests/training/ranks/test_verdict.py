@@ -63,6 +63,7 @@ def test_ranks_that_lost_another_do_not_blame_themselves():
     lost = _view(state=LOST, error="Connection closed by peer", waits=False)
     assert _culprits(lost, _view(silent=11, phase="saving"), lost) == [1]
     assert _culprits(lost, _view(silent=9), lost) == []
+    assert _culprits(_view(still=101), _view(still=101, state=LOST)) == [1]
     gone = _view(state=LOST, still=101)
     assert _culprits(gone, _view(still=101, waits=False, phase="starting"), gone) == [1]
 
