@@ -1,6 +1,7 @@
 """Checksums by all ranks of a run: each sums what it has written, and compares a share of what is
 loaded."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -41,10 +42,16 @@ def with_sums(request: AsyncRequest, folder: Path, algorithm: str) -> AsyncReque
 
 def _write_and_sum(write, folder: Path, rank: int, algorithm: str, *args, **kwargs) -> None:
     write(*args, **kwargs)
-    # torch names a rank's files by it.
-    names = [file.name for file in folder.glob(f"__{rank}_*")]
-    sums = sum_files(folder, names, algorithm)
-    (folder / f"{_PART}{rank}").write_bytes(encode(sums))
+    part = folder / f"{_PART}{rank}"
+    try:
+        # torch names a rank's files by it.
+        names = [file.name for file in folder.glob(f"__{rank}_*")]
+        part.write_bytes(encode(sum_files(folder, names, algorithm)))
+    # On a full disk, say. Raised here it would leave the other ranks waiting; so rank 0 sums these
+    # files, and hears of the disk itself.
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def join_sums(folder: Path, algorithm: str) -> None:
