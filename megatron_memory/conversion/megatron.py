@@ -67,7 +67,7 @@ def read_megatron(load: Path, *, with_sums: bool = True) -> SavedState:
         )
     metadata = check_whole(folder)
     common = read_common(folder)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if with_sums and not check_sums(folder, common):
         notes = (NO_SUMS.format(folder),)
     config = saved_config(folder)

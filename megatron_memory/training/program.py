@@ -18,6 +18,7 @@ from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.shared import check_save_is_shared
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.progress import Console
+from megatron_memory.training.rewinding import Rewinder
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
 from megatron_memory.training.trainer import OnStep, Trainer
@@ -66,6 +67,10 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     if found is not None:
         load_checkpoint(setup, found, console.say)
     saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size)
+    rewind = None
+    if saver is not None:
+        start = None if config.checkpoint.finetune else found
+        rewind = Rewinder(setup, saver, start, vocab_size, console.say)
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()
@@ -77,6 +82,7 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         signals=signals,
         console=console,
         padded_vocab_size=padded,
+        rewind=rewind,
         on_step=on_step,
     )
     exit_code = trainer.run()

@@ -18,6 +18,7 @@ from megatron_memory.conversion.megatron import Layout, read_megatron, write_meg
 from megatron_memory.conversion.options import Checking
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.training.checkpoint.checksums import write_sums
 from tests.conversion.states import assert_same_tensors, conversion, golden_checkpoint, read_all
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import change, runs, tiny_config, write_dataset
@@ -252,6 +253,7 @@ def test_verify_finds_other_logits(tmp_path: Path):
     convert(conversion("lingua", golden, "megatron", save), print)
     (config,) = save.glob("iter_*/config.yaml")
     config.write_text(config.read_text().replace("interleaved: true", "interleaved: false"))
+    write_sums(config.parent, "xxh3_128")
     state = read_megatron(save)
     assert verify.check_read_back(state, "megatron", save, torch.float32) == 43 * 3
     report = verify.compare_logits(state, "lingua", golden, "megatron", save, torch.float32)

@@ -48,8 +48,8 @@ Digests = dict[Place, str]
 class Algorithm:
     """How a file is summed."""
 
-    new: Callable[[], Any]
-    """Makes an object with `update` and `hexdigest`."""
+    new: Callable[..., Any]
+    """Makes an object with `update` and `hexdigest`, of the first bytes or of none."""
     block_size: int | None
     """A file's sum is that of its blocks' sums, in order. None: it is one block, summed once."""
 
@@ -66,9 +66,9 @@ class Sums:
 
     algorithm: str
     """A key of ALGORITHMS."""
-    files: Mapping[str, str]
+    files: dict[str, str]
     """Sum of each file, by its name."""
-    sizes: Mapping[str, int]
+    sizes: dict[str, int]
     """Bytes of each file; empty where megatron-core wrote the sums."""
 
 
@@ -112,7 +112,7 @@ def encode(sums: Sums) -> bytes:
 
 
 def _parts(sums: Sums) -> dict[str, Any]:
-    return {"algorithm": sums.algorithm, "files": dict(sums.files), "sizes": dict(sums.sizes)}
+    return {"algorithm": sums.algorithm, "files": sums.files, "sizes": sums.sizes}
 
 
 def _own_sum(parts: dict[str, Any]) -> str:

@@ -112,7 +112,8 @@ def _threads() -> int:
 
 def shares(places: Mapping[Place, int], number: int) -> list[list[Place]]:
     """The blocks in `number` shares of nearly as many bytes."""
-    filled, parts = [0] * number, [[] for _ in range(number)]
+    filled = [0] * number
+    parts: list[list[Place]] = [[] for _ in range(number)]
     for place in sorted(places, key=lambda place: (-places[place], place)):
         least = filled.index(min(filled))
         filled[least] += places[place]

@@ -43,6 +43,9 @@ class CheckpointSaver:
         self._running = AsyncCallsQueue()
         self.newest: Position | None = None
         """Of the newest checkpoint that is complete."""
+        self.keep_before: int | None = None
+        """Iteration before which no checkpoint is deleted at present; None: `--keep-last` alone
+        decides."""
         start_writer_queue()
         ask_first_rank(lambda: save_config(self._config, self._root / folders.CONFIG_FILE))
 
@@ -137,7 +140,7 @@ class CheckpointSaver:
         folders.publish(self._root, iteration)
         keep_last = self._setup.config.checkpoint.keep_last
         if keep_last is not None:
-            folders.prune(self._root, keep_last, iteration)
+            folders.prune(self._root, keep_last, iteration, keep_before=self.keep_before)
 
     def _failed(self, error: BaseException) -> CheckpointError:
         kept = f"iteration {self.newest.iteration}" if self.newest else "none of this run"
