@@ -10,6 +10,7 @@ from megatron_memory.exceptions import MEND_BY_USER
 
 EXIT_ERROR = 2
 _SECONDS_FOR_FIRST_RANK = 3
+_FROM_USERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 def run_entry(run: Callable[[], int]) -> int:
@@ -33,10 +34,10 @@ def run_entry(run: Callable[[], int]) -> int:
 def exit_code_for_torchrun(exit_code: int) -> int:
     """The code to exit with, so that torchrun does not start again what shall stop.
 
-    With --max-restarts torchrun restarts after every other code than 0. SIGUSR1 and SIGUSR2 come
-    from a user or a scheduler who wants the run to end; SIGTERM may be torchrun's own, before it
-    restarts.
+    With --max-restarts torchrun restarts after every other code than 0. SIGUSR1, SIGUSR2, SIGINT
+    and SIGHUP come from a user or a scheduler who wants the run to end; SIGTERM may be torchrun's
+    own, before it restarts.
     """
-    asked_to_stop = exit_code - 128 in (signal.SIGUSR1, signal.SIGUSR2)
+    asked_to_stop = exit_code - 128 in _FROM_USERS
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     return 0 if asked_to_stop and restarts else exit_code

@@ -4,15 +4,18 @@
 
 One process needs no torchrun: `python -m megatron_memory.train`. All flags: `--help`.
 
-Signals: SIGTERM, SIGUSR1 and SIGUSR2 to any rank end the training after the step at hand, with a
-checkpoint. torchrun passes SIGTERM on to its processes, and kills them 30 seconds later; for the
-others start it with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2`.
+Signals: SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 to any rank end the training after the step at
+hand, or in the middle of an evaluation, with a checkpoint; a second SIGINT ends it at once. SIGINT
+and SIGHUP stay ignored where they were at the start (nohup, shells in the background). torchrun
+passes SIGTERM, SIGINT and SIGHUP on to its processes, and kills them 30 seconds later; for the
+others start it with `--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2`.
 
 Exit codes:
     0        the training is complete, or --exit-interval or --exit-duration-in-mins is reached
     2        an error in flags, data or checkpoint, or a loss that is not a number: the message says
-    128 + n  stopped and saved after signal n: 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; but 0 for the
-             latter two under torchrun --max-restarts, which would start the training again
+    128 + n  stopped and saved after signal n: 143 SIGTERM, 130 SIGINT, 129 SIGHUP, 138 SIGUSR1, 140
+             SIGUSR2; but 0 for all but the first under torchrun --max-restarts, which would start
+             the training again
     1        anything else; and torchrun's own where its processes exit with another code than 0
 
 Keep this module light: the processes that write checkpoints import it, too.

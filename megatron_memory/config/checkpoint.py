@@ -18,6 +18,12 @@ class CheckpointConfig:
     """Directory to write checkpoints to. None: nothing is saved."""
     load: str | None = None
     """Directory to take the newest checkpoint from."""
+    start_anew: bool = False
+    """Begin at iteration 0 in a --save that has checkpoints; these are moved to a folder earlier-N
+    in it. Without this flag and without --load such a --save is refused."""
+    allow_changed_data_order: bool = False
+    """Go on from a checkpoint although the training data, or the order in which its samples come,
+    is another one: some samples are repeated and others left out."""
     save_interval: int | None = option(None, at_least=1, synonyms=("persistent_save_interval",))
     """Iterations between two checkpoints. Without it: only when the training ends or is stopped."""
     keep_last: int | None = option(None, at_least=1)

@@ -56,6 +56,7 @@ def _refused() -> tuple[dict[str, str], dict[str, str]]:
 
 _FUSIONS = "which operations are fused is chosen for the device; results differ by rounding only"
 _LAYOUT = "checkpoints are always sharded over all ranks and load at any layout"
+_SIGNALS_SAVE = "SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 always save a checkpoint and exit"
 _ALWAYS_LOGGED = "it is always reported, at every --log-interval"
 
 _ACCEPTED = {
@@ -71,13 +72,8 @@ _ACCEPTED = {
     "attention_backend": _Accepted("the attention kernel is chosen for the device", ("auto",)),
     "rope_type": _Accepted("rotary embeddings are always plain", ("rope",)),
     "softmax_type": _Accepted("attention's softmax is always plain", ("vanilla",)),
-    "exit_signal_handler": _Accepted(
-        "SIGTERM, SIGUSR1 and SIGUSR2 always save a checkpoint and exit"
-    ),
-    "exit_signal": _Accepted(
-        "SIGTERM, SIGUSR1 and SIGUSR2 always save a checkpoint and exit",
-        ("SIGTERM", "SIGUSR1", "SIGUSR2"),
-    ),
+    "exit_signal_handler": _Accepted(_SIGNALS_SAVE),
+    "exit_signal": _Accepted(_SIGNALS_SAVE, ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")),
     "log_throughput": _Accepted(_ALWAYS_LOGGED),
     "log_memory_to_tensorboard": _Accepted(_ALWAYS_LOGGED),
     "tensorboard_log_interval": _Accepted("curves are written at every --log-interval"),

@@ -24,7 +24,8 @@ class TrainingConfig:
     eval_iters: int = option(100, at_least=0)
     """Batches of an evaluation; 0: never evaluate."""
     seed: int = option(1234, at_least=0, at_most=2**32 - 1)
-    """Seed of initialisation, dropout and the order of the data."""
+    """Seed of initialisation, the order of the data, and dropout and random slots, which every step
+    and data-parallel rank draws anew."""
     exit_interval: int | None = option(None, at_least=1)
     """Save and exit after an iteration divisible by this."""
     exit_duration_in_mins: int | None = option(None, at_least=1)

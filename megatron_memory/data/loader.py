@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from megatron_memory.exceptions import DataError
 
-_JOB_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_JOB_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 

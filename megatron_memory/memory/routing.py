@@ -117,8 +117,8 @@ class MemoryRouter(MegatronModule):
 
 
 def routing_randomness(config: MemoryTransformerConfig):
-    """The generator for a rank's own tokens: one a rank under sequence parallelism, else a common
-    one."""
+    """The generator for a rank's own tokens: one a rank under sequence parallelism, else one that
+    tensor-parallel ranks share. `seed_step` gives data-parallel ranks others at every step."""
     return get_cuda_rng_tracker().fork() if config.sequence_parallel else contextlib.nullcontext()
 
 

@@ -4,6 +4,8 @@ parallelism."""
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_memory.runtime.cpu_sums import layer_norm
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm; under sequence parallelism Megatron sums its gradient over the ranks."""
@@ -19,6 +21,10 @@ class LayerNorm(torch.nn.LayerNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps, **_factory_options(config))
         _mark_sequence_parallel(self, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden size], normalised."""
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 def norm_class(config: TransformerConfig) -> type[torch.nn.Module]:

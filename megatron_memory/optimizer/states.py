@@ -19,24 +19,20 @@ def states_by_parameter(
     parameter itself is not among them.
     """
     for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        # Without the distributed optimizer: the tensors themselves that torch's optimizer knows.
+        known = {id(p) for group in part.param_groups for p in group["params"]}
         for parameter in parameters:
-            states = _states(part, parameter)
+            main = _main_parameter(part, parameter, known)
+            states = {} if main is None else _states(part, parameter, main)
             if states:
                 yield parameter, states
 
 
-def _states(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-    main = _main_parameter(optimizer, parameter)
-    if main is None or getattr(optimizer, "is_stub_optimizer", False):
-        return {}
-    found = optimizer.optimizer.state.get(main, {})
-    states = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    # Transformer Engine's count of steps, which is in the parameter group as well.
-    states.pop("step", None)
-    return states if main is parameter else {"fp32_param": main, **states}
-
-
-def _main_parameter(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Tensor | None:
+def _main_parameter(
+    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, known: set[int]
+) -> Tensor | None:
     """What torch's optimizer inside knows the parameter as; None where it does not."""
     if isinstance(optimizer, DistributedOptimizer):
         place = optimizer.model_param_group_index_map.get(parameter)
@@ -44,6 +40,15 @@ def _main_parameter(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter)
             return None
         group, index = place
         return optimizer.optimizer.param_groups[group]["params"][index]
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     main = getattr(parameter, "main_param", None)
     return next((p for p in (main, parameter) if p is not None and id(p) in known), None)
+
+
+def _states(
+    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, main: Tensor
+) -> dict[str, Tensor]:
+    found = optimizer.optimizer.state.get(main, {})
+    states = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    # Transformer Engine's count of steps, which is in the parameter group as well.
+    states.pop("step", None)
+    return states if main is parameter else {"fp32_param": main, **states}

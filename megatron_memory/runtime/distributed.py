@@ -51,10 +51,11 @@ def _join(config: Config, backend: Backend) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy, torch and Megatron's tracker of generators.
+    """Seed Python, NumPy, torch and Megatron's tracker of generators, before weights are drawn.
 
-    Ranks of one tensor-parallel group share the default generator and differ in the tracker's;
-    pipeline stages differ in both, which megatron-core leaves to its caller.
+    Data-parallel ranks draw alike, so that they begin with the same weights; steps are seeded by
+    `seed_step`. Ranks of one tensor-parallel group share the default generator and differ in the
+    tracker's; pipeline stages differ in both, which megatron-core leaves to its caller.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -64,6 +65,42 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed all that is drawn in a training step: random slots and every dropout mask.
+
+    Data- and context-parallel ranks have other tokens and draw other numbers, which megatron-core
+    leaves to its caller. Tensor-parallel ranks draw alike what they compute alike, and else, from
+    the tracker, their own. A step's draws depend on nothing before it, so that a run that starts
+    again, in this layout or in another, draws what it would have drawn.
+
+    Args:
+        seed: of the run.
+        step: optimizer steps taken before.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
+
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    tracker = get_cuda_rng_tracker()
+    names = sorted(tracker.get_states())
+    tracker.reset()
+    for number, name in enumerate(names, 1):
+        is_common = name == get_data_parallel_rng_tracker_name()
+        tracker.add(name, _mixed(seed, step, *place, number, 0 if is_common else tensor_rank))
+    torch.manual_seed(_mixed(seed, step, *place, 0, 0))
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of 32 bits: torch's CPU generator heeds no others. No sum, for seed 1 on rank 0
+    would be seed 0 on rank 1."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def pipeline_subgroup(

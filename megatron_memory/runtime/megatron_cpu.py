@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_memory.runtime import cpu_sums
+
 _CONSTANTS: dict[str, str] = {
     "cuda": "cpu",
     **{f"torch.cuda.{t}Tensor": f"torch.{t}Tensor" for t in ("Float", "Half", "BFloat16")},
@@ -107,6 +109,7 @@ def install() -> None:
     _install_torch_cuda_names()
     sys.meta_path.insert(0, _RetargetingFinder())
     _keep_one_generator()
+    cpu_sums.install()
 
 
 def _install_torch_cuda_names() -> None:

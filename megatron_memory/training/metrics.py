@@ -13,7 +13,7 @@ class Report:
     iteration: int
     """The interval's last."""
     loss: float
-    """Mean over the interval, in nats a token."""
+    """Mean over the interval's tokens that are not masked, in nats; NaN where all are."""
     last: StepResult
     """The interval's last step: gradient norms and learning rates."""
     num_skipped: int
@@ -81,9 +81,11 @@ class Interval:
 
     @property
     def loss(self) -> float:
-        """Mean loss of the steps that were taken; NaN where none was."""
-        losses = [result.loss for result in self.results if not result.skipped]
-        return sum(losses) / len(losses) if losses else float("nan")
+        """Mean over the tokens of all steps that were taken; NaN where there are none."""
+        taken = [result for result in self.results if not result.skipped]
+        num_tokens = sum(result.num_tokens for result in taken)
+        total = sum(result.loss * result.num_tokens for result in taken)
+        return total / num_tokens if num_tokens else float("nan")
 
     @property
     def num_skipped(self) -> int:

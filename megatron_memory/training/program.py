@@ -13,7 +13,18 @@ from megatron_memory.runtime import Backend
 from megatron_memory.runtime.available_memory import available_bytes
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.runtime.kernels import choose_kernels
+from megatron_memory.training.checkpoint.changes import (
+    check_data_order,
+    check_optimizer_kind,
+    setting_changes,
+)
+from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
+from megatron_memory.training.checkpoint.save_folder import (
+    clear_save,
+    only_writer,
+    settle_save,
+)
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.shared import check_save_is_shared
 from megatron_memory.training.checkpoint.state import Position
@@ -21,7 +32,7 @@ from megatron_memory.training.progress import Console
 from megatron_memory.training.rewinding import Rewinder
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
-from megatron_memory.training.trainer import OnStep, Trainer
+from megatron_memory.training.trainer import EVALUATION_IS_DUE, OnStep, Trainer
 
 
 def run_training(config: Config, backend: Backend, on_step: OnStep | None = None) -> int:
@@ -56,17 +67,47 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     )
     if config.checkpoint.save is not None:
         check_save_is_shared(Path(config.checkpoint.save))
+    with only_writer(config.checkpoint, console.say) as lease:
+        trainer = _build_trainer(
+            config, backend, console, tokenizer, (vocab_size, padded), lease, on_step
+        )
+        exit_code = trainer.run()
+    # torchrun ends all ranks as soon as one of them has ended with another code than 0.
+    torch.distributed.barrier()
+    return exit_code
+
+
+def _build_trainer(
+    config: Config,
+    backend: Backend,
+    console: Console,
+    tokenizer,
+    vocab_sizes: tuple[int, int],
+    lease: Lease | None,
+    on_step: OnStep | None,
+) -> Trainer:
+    """`vocab_sizes`: before and after padding."""
+    vocab_size, padded = vocab_sizes
     found = find_start(config, vocab_size, console.say)
+    loaded = None if found is None else found.folder
+    settle_save(config.checkpoint, loaded)
     position = start_position(found, config)
+    if found is not None and not config.checkpoint.finetune:
+        check_optimizer_kind(found, config)
+        for change in setting_changes(found.saved, config) if found.saved is not None else ():
+            console.say(f"changed since {found.folder}: {change}")
     datasets = _datasets(config, tokenizer, padded, position)
     for line in datasets.summary:
         console.say(line)
     for line in copies_notes(config, torch.distributed.get_world_size()):
         console.say(line)
+    if found is not None:
+        check_data_order(found, config, datasets.train, console.say)
     setup = build_training_setup(config, backend, padded)
     if found is not None:
         load_checkpoint(setup, found, console.say)
-    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size)
+    clear_save(config.checkpoint, loaded, console.say)
+    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size, lease)
     rewind = None
     if saver is not None:
         start = None if config.checkpoint.finetune else found
@@ -74,7 +115,7 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()
-    trainer = Trainer(
+    return Trainer(
         setup,
         datasets,
         position,
@@ -84,11 +125,10 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
         padded_vocab_size=padded,
         rewind=rewind,
         on_step=on_step,
+        evaluation_is_due=found is not None
+        and not config.checkpoint.finetune
+        and found.common.get(EVALUATION_IS_DUE) is True,
     )
-    exit_code = trainer.run()
-    # torchrun ends all ranks as soon as one of them has ended with another code than 0.
-    torch.distributed.barrier()
-    return exit_code
 
 
 def tokenizer_of(config: Config):

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_memory.data.context import share_of_sequences
+from megatron_memory.exceptions import DataError
 from megatron_memory.optimizer import MemoryOptimizer
 from megatron_memory.optimizer.guarded import MayUpdate
 from megatron_memory.training.finite import why_not_finite
@@ -27,7 +28,11 @@ class StepResult:
     """What a step reports; the same on every rank."""
 
     loss: float
-    """Mean over the global batch, in nats a token, before the update."""
+    """Mean over the tokens of the global batch that are not masked, in nats, before the update; 0
+    where all are masked. What is minimised without --calculate-per-token-loss is the mean of the
+    microbatches' means."""
+    num_tokens: float
+    """Of the global batch, those that are not masked."""
     grad_norm: float | None
     """Norm of the gradient of all parameters but the values, before clipping."""
     value_grad_norm: float | None
@@ -65,17 +70,18 @@ def train_step(
         for table in tables_of(chunk):
             table.expect_microbatches(num_microbatches)
     setup.optimizer.zero_grad()
-    losses = _run_schedule(setup, data_iterator, num_microbatches, forward_only=False)
-    loss = _mean_loss(losses, setup.backend.device)
+    reports = _run_schedule(setup, data_iterator, num_microbatches, forward_only=False)
+    total, num_tokens = _sum_reports(reports, setup.backend.device)
     succeeded, grad_norm, _ = setup.optimizer.step(
-        lambda is_finite: may_update(is_finite and math.isfinite(loss))
+        lambda is_finite: may_update(is_finite and math.isfinite(total))
     )
     for chunk in setup.model:
         for table in tables_of(chunk):
             table.weights_changed()
     has_memory = isinstance(setup.optimizer, MemoryOptimizer)
     result = StepResult(
-        loss=loss,
+        loss=total / num_tokens if num_tokens else 0.0,
+        num_tokens=num_tokens,
         grad_norm=grad_norm,
         value_grad_norm=setup.optimizer.value_grad_norm if has_memory else None,
         learning_rate=get_canonical_lr_for_logging(setup.optimizer.param_groups),
@@ -84,7 +90,7 @@ def train_step(
     )
     if not succeeded:
         figures = (result.loss, result.grad_norm, result.value_grad_norm)
-        cause = why_not_finite(setup, losses, figures)
+        cause = why_not_finite(setup, reports, figures)
         worst, grad_norm, value_grad_norm = cause.figures
         assert worst is not None, "every step has a loss"
         return dataclasses.replace(
@@ -104,18 +110,32 @@ def evaluate_loss(
     data_iterator: Iterator[Batch],
     num_microbatches: int,
     num_batches: int = 1,
+    before_batch: Callable[[], None] | None = None,
 ) -> float:
     """Mean loss in nats a token over so many batches of so many microbatches a rank, without
-    dropout."""
+    dropout; every token that is not masked weighs the same.
+
+    `before_batch` may raise, on all ranks alike, to end it.
+
+    Raises:
+        DataError: on every rank, where all tokens are masked.
+    """
     for chunk in setup.model:
         chunk.eval()
+    reports: list[Tensor] = []
     # Batch by batch: an interleaved pipeline takes only some numbers of microbatches.
-    losses = [
-        report
-        for _ in range(num_batches)
-        for report in _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
-    ]
-    return _mean_loss(losses, setup.backend.device)
+    for _ in range(num_batches):
+        if before_batch is not None:
+            before_batch()
+        reports += _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
+    total, num_tokens = _sum_reports(reports, setup.backend.device)
+    if num_tokens == 0:
+        raise DataError(
+            f"evaluation: the loss of every token of {num_batches} batches is masked, so that "
+            "there is no mean. Look at the held-out data, use more --eval-iters, or leave "
+            "--eod-mask-loss out"
+        )
+    return total / num_tokens
 
 
 def _run_schedule(
@@ -158,40 +178,42 @@ def _forward(
     )
     if per_token:
         return output, partial(_sum_of_losses, batch["loss_mask"])
-    return output, partial(_mean_of_losses, batch["loss_mask"], num_tokens, context.size())
+    return output, partial(_mean_of_losses, batch["loss_mask"], num_tokens)
 
 
 def _sum_of_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For megatron-core to divide by the tokens of the global batch; and what to report: a sum, and
-    what to divide the sum of all by."""
-    total, num_tokens = (losses.float() * loss_mask.float()).sum(), loss_mask.sum()
-    report = torch.stack((total.detach(), num_tokens.float())).double()
-    return total, num_tokens.int(), report
+    """For megatron-core to divide by the tokens of the global batch; and what to report."""
+    total = (losses.float() * loss_mask.float()).sum()
+    return total, loss_mask.sum().int(), _report(loss_mask, losses)
 
 
-def _mean_of_losses(
-    loss_mask: Tensor, num_tokens: Tensor, num_parts: int, losses: Tensor
-) -> tuple[Tensor, Tensor]:
-    """This rank's part of the microbatch's mean, and what to report, as above.
+def _mean_of_losses(loss_mask: Tensor, num_tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of the microbatch's mean, and what to report.
 
-    The `num_parts` context-parallel ranks' parts add up to the mean: megatron-core's schedule
-    multiplies by their number what it then averages over them.
+    Context-parallel ranks' parts add up to the mean: megatron-core's schedule multiplies by their
+    number what it then averages over them.
     """
+    # The schedule divides the loss in place, so the report is made of the losses.
     part = (losses.float() * loss_mask.float()).sum() / num_tokens.clamp(min=1)
-    # The schedule divides the loss in place, so the report is made before.
-    return part, torch.stack((part.detach(), torch.full_like(part, 1 / num_parts))).double()
+    return part, _report(loss_mask, losses)
 
 
-def _mean_loss(reports: list[Tensor], device: torch.device) -> float:
-    """Over the global batch; a collective call."""
+def _report(loss_mask: Tensor, losses: Tensor) -> Tensor:
+    """The sum of losses and the number of tokens of this rank's part of a microbatch, in fp64."""
+    mask = loss_mask.double()
+    return torch.stack(((losses.detach().double() * mask).sum(), mask.sum()))
+
+
+def _sum_reports(reports: list[Tensor], device: torch.device) -> tuple[float, float]:
+    """Of all microbatches and ranks: the sum of losses, and the tokens; a collective call."""
     sums = torch.stack(reports).sum(dim=0) if reports else torch.zeros(2).double().to(device)
     torch.distributed.all_reduce(sums, group=data_parallel_group())
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if pipeline.size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(sums, src=last, group=pipeline)
-    total, number = sums.tolist()
-    return total / max(number, 1.0)
+    total, num_tokens = sums.tolist()
+    return total, num_tokens
 
 
 def _value_learning_rate(setup: TrainingSetup) -> float:

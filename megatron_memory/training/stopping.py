@@ -9,7 +9,9 @@ import torch
 
 from megatron_memory.config import TrainingConfig
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+_IGNORED_BY_STARTER = (signal.SIGINT, signal.SIGHUP)
+"""`nohup` and shells in the background start programs so that they are to ignore these."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,10 @@ class Stop:
 
 
 class SignalCatcher:
-    """Remembers SIGTERM, SIGUSR1 and SIGUSR2, so that the step at hand can end in peace."""
+    """Remembers the signals that stop a training, so that the step at hand can end in peace.
+
+    A second SIGINT ends the process at once: nobody who presses Ctrl-C twice wants to wait.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -32,10 +37,14 @@ class SignalCatcher:
     def install(self) -> None:
         """Catch the signals from now on; from the main thread only."""
         for signum in STOP_SIGNALS:
-            signal.signal(signum, self._remember)
+            ignored = signal.getsignal(signum) == signal.SIG_IGN
+            if not (ignored and signum in _IGNORED_BY_STARTER):
+                signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 class StopChecker:
@@ -75,8 +84,7 @@ class StopChecker:
         """A reason to stop after `iteration`, whose step asked `may_update`; or None."""
         signum, out_of_time = self._agreed
         if signum:
-            name = signal.Signals(signum).name
-            return Stop(reason=f"{name} was received", exit_code=128 + signum)
+            return _stop_after(signum)
         if out_of_time:
             minutes = self._training.exit_duration_in_mins
             return Stop(reason=f"--exit-duration-in-mins {minutes} have passed")
@@ -84,3 +92,15 @@ class StopChecker:
         if interval is not None and iteration % interval == 0:
             return Stop(reason=f"--exit-interval {interval} is reached")
         return None
+
+    def check_signals(self) -> Stop | None:
+        """A signal as a reason to stop, or None; a collective call of one small all-reduce."""
+        agreed = torch.tensor([self._signals.received], dtype=torch.int32, device=self._device)
+        torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+        signum = int(agreed.item())
+        return _stop_after(signum) if signum else None
+
+
+def _stop_after(signum: int) -> Stop:
+    name = signal.Signals(signum).name
+    return Stop(reason=f"{name} was received", exit_code=128 + signum)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -10,7 +11,10 @@ from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
 from megatron_memory.exceptions import TrainingError
 from megatron_memory.planning.flops import flops_per_token
+from megatron_memory.runtime.distributed import seed_step
 from megatron_memory.training.bad_steps import BadSteps, LossSpikes, Rewind
+from megatron_memory.training.checkpoint.changes import DATA_ORDER
+from megatron_memory.training.checkpoint.data_order import as_plain, read_parts
 from megatron_memory.training.checkpoint.replicas import check_replicas
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
@@ -24,6 +28,9 @@ from megatron_memory.training.tensorboard import Curves
 from megatron_memory.training.throughput import fullest_rank_gib, model_flops_utilization
 
 OnStep = Callable[[int, StepResult], None]
+
+EVALUATION_IS_DUE = "evaluation_is_due"
+"""Of a checkpoint: whether its run should have evaluated there, and was stopped."""
 
 
 class Trainer:
@@ -39,6 +46,7 @@ class Trainer:
         padded_vocab_size: of the model, for its FLOPs.
         rewind: what `--on-bad-step rewind` calls; None where there is nothing to go back to.
         on_step: called on every rank with each iteration's number and result.
+        evaluation_is_due: the run before stopped when it should have evaluated.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class Trainer:
         padded_vocab_size: int,
         rewind: Rewind | None = None,
         on_step: OnStep | None = None,
+        evaluation_is_due: bool = False,
     ):
         self.setup = setup
         self.position = position
@@ -70,6 +79,7 @@ class Trainer:
         self._usage = setup.usage
         self._interval = Interval()
         self._last_saved = position
+        self._evaluation_is_due = evaluation_is_due or position.iteration == 0
         self._curves = Curves(
             setup.config.logging.tensorboard_dir,
             first_iteration=position.iteration + 1,
@@ -89,10 +99,10 @@ class Trainer:
         self._started, self._start_iteration = time.monotonic(), self.position.iteration
         self._console.start(self.position.iteration, self._training.train_iters)
         try:
-            if self.position.iteration == 0:
-                self._evaluate("validation", self._datasets.valid)
-            stop = self._run_steps()
-            self._finish(stop)
+            stop = self._validate() if self._evaluation_is_due else None
+            if stop is None:
+                stop = self._run_steps()
+            stop = self._finish(stop)
         finally:
             self._console.stop()
             self._curves.close()
@@ -111,9 +121,11 @@ class Trainer:
             stop = self._stop_checker.check(self.position.iteration)
             if self._is_due(self._config.logging.log_interval) or stop:
                 self._report()
+            self._evaluation_is_due = self._is_due(self._training.eval_interval)
             # torchrun kills 30 seconds after a SIGTERM: an evaluation would cost the checkpoint.
-            if self._is_due(self._training.eval_interval) and stop is None:
-                self._evaluate("validation", self._datasets.valid)
+            # The run that goes on makes up for it.
+            if self._evaluation_is_due and stop is None:
+                stop = self._validate()
             if self._is_due(self._config.checkpoint.save_interval) or stop:
                 self._save()
             elif self._saver is not None:
@@ -124,6 +136,7 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         began = time.perf_counter()
+        seed_step(self._training.seed, self.position.iteration)
         result = train_step(
             self.setup, batches, self._num_microbatches, self._stop_checker.may_update
         )
@@ -192,20 +205,34 @@ class Trainer:
         self._console.say(report_line(report, self._training.train_iters))
         self._curves.add(report.iteration, report.curves())
 
-    def _evaluate(self, name: str, dataset: Samples | None) -> None:
-        """The loss on the first batches of a held-out dataset: the same ones every time."""
+    def _validate(self) -> Stop | None:
+        stop = self._evaluate("validation", self._datasets.valid)
+        self._evaluation_is_due = stop is not None
+        return stop
+
+    def _evaluate(self, name: str, dataset: Samples | None) -> Stop | None:
+        """The loss on the first batches of a held-out dataset: the same ones every time.
+
+        Returns:
+            the reason where a signal ended it.
+        """
         if dataset is None or self._training.eval_iters == 0:
-            return
+            return None
         began = time.perf_counter()
         self._usage.turn(on=False)
-        with whole_weights(self.setup):
-            loss = evaluate_loss(
-                self.setup,
-                self._batches(dataset, consumed_samples=0),
-                self._num_microbatches,
-                num_batches=self._training.eval_iters,
-            )
-        self._usage.turn(on=True)
+        try:
+            with whole_weights(self.setup):
+                loss = evaluate_loss(
+                    self.setup,
+                    self._batches(dataset, consumed_samples=0),
+                    self._num_microbatches,
+                    num_batches=self._training.eval_iters,
+                    before_batch=self._require_no_signal,
+                )
+        except _Interrupted as interrupted:
+            return interrupted.stop
+        finally:
+            self._usage.turn(on=True)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"iteration {self.position.iteration}: the {name} loss is {loss}. The training "
@@ -216,38 +243,73 @@ class Trainer:
             f"iteration {self.position.iteration}: {name} loss {loss:.6f}, "
             f"perplexity {_perplexity(loss)} ({duration(time.perf_counter() - began)})"
         )
+        return None
+
+    def _require_no_signal(self) -> None:
+        stop = self._stop_checker.check_signals()
+        if stop is not None:
+            raise _Interrupted(stop)
 
     def _save(self) -> None:
         if self._saver is None or self._last_saved == self.position:
             return
         began = time.perf_counter()
         with whole_weights(self.setup):
-            try:
-                check_finite(self.setup, self.position.iteration)
-            except TrainingError as damage:
-                self._bad_steps.look_at_damage(damage)
-                return
-            check_replicas(self.setup, self.position.iteration)
-            folder = self._saver.save(self.position)
+            damage = self._find_damage()
+            if damage is None:
+                check_replicas(self.setup, self.position.iteration)
+                folder = self._saver.save(self.position, self._record())
+        if damage is not None:
+            self._bad_steps.look_at_damage(damage)
+            return
         self._last_saved = self.position
         how = "is being saved in the background" if self._config.checkpoint.async_save else "saved"
         self._console.say(f"{folder} {how} ({time.perf_counter() - began:.1f} s)")
 
-    def _finish(self, stop: Stop | None) -> None:
+    def _record(self) -> dict[str, Any]:
+        """What a run that goes on must know, beyond the training's state."""
+        parts = []
+        if self._datasets.train is not None:
+            parts = read_parts(self._datasets.train, self.position.consumed_samples)
+        return {DATA_ORDER: as_plain(parts), EVALUATION_IS_DUE: self._evaluation_is_due}
+
+    def _find_damage(self) -> TrainingError | None:
+        try:
+            check_finite(self.setup, self.position.iteration)
+        except TrainingError as damage:
+            return damage
+        return None
+
+    def _finish(self, stop: Stop | None) -> Stop | None:
         if stop is None:
             if self._interval.num_steps:
                 self._report()
-            if not self._is_due(self._training.eval_interval):
-                self._evaluate("validation", self._datasets.valid)
-            self._evaluate("test", self._datasets.test)
+            stop = self._evaluate_at_end()
             self._save()
         if self._saver is not None:
             self._saver.finish()
         if stop is not None:
             saved = "nothing is saved without --save" if self._saver is None else "saved"
+            if self.position.iteration == 0:
+                saved = "there is nothing to save yet"
             self._console.say(
                 f"stopped after iteration {self.position.iteration}: {stop.reason}; {saved}"
             )
+        return stop
+
+    def _evaluate_at_end(self) -> Stop | None:
+        stop = None
+        if not self._is_due(self._training.eval_interval):
+            stop = self._validate()
+        return stop or self._evaluate("test", self._datasets.test)
+
+
+class _Interrupted(Exception):
+    """A signal ends an evaluation, on all ranks alike."""
+
+    def __init__(self, stop: Stop):
+        super().__init__(stop.reason)
+        self.stop = stop
 
 
 def _perplexity(loss: float) -> str:

@@ -49,7 +49,7 @@ class Algorithm:
     """How a file is summed."""
 
     new: Callable[..., Any]
-    """Makes an object with `update` and `hexdigest`, of the first bytes or of none."""
+    """Makes an object with `update` and `hexdigest`, of the bytes that it is given first."""
     block_size: int | None
     """A file's sum is that of its blocks' sums, in order. None: it is one block, summed once."""
 
@@ -101,7 +101,7 @@ def write_sums(folder: Path, algorithm: str, known: Iterable[Sums] = ()) -> None
         files |= part.files
         sizes |= part.sizes
     rest = sum_files(folder, _names(folder) - files.keys(), algorithm)
-    whole = Sums(algorithm=algorithm, files=files | rest.files, sizes=sizes | rest.sizes)
+    whole = Sums(algorithm=algorithm, files={**files, **rest.files}, sizes={**sizes, **rest.sizes})
     (folder / SUMS_FILE).write_bytes(encode(whole))
 
 

@@ -16,6 +16,7 @@ CONFIG_FILE = "config.yaml"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _INCOMPLETE = ".incomplete"
 _REPLACED = ".replaced"
+_LEFTOVER = re.compile(rf"iter_\d{{7,}}{re.escape(_INCOMPLETE)}(\..+)?")
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -23,10 +24,10 @@ def iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
-def incomplete_folder(root: Path, iteration: int) -> Path:
-    """Where it is while it is written."""
+def incomplete_folder(root: Path, iteration: int, run: str | None = None) -> Path:
+    """Where it is while it is written; a run has folders of its own."""
     folder = iteration_folder(root, iteration)
-    return folder.with_name(folder.name + _INCOMPLETE)
+    return folder.with_name(folder.name + _INCOMPLETE + (f".{run}" if run else ""))
 
 
 def iteration_of(folder: Path) -> int | None:
@@ -74,18 +75,33 @@ def _listed(iterations: list[int]) -> str:
     return ", ".join(map(str, iterations)) or "there is none"
 
 
-def begin(root: Path, iteration: int) -> Path:
+def begin(root: Path, iteration: int, run: str | None = None) -> Path:
     """An empty folder to write a checkpoint into; leftovers of an interrupted one are removed."""
-    folder = incomplete_folder(root, iteration)
+    folder = incomplete_folder(root, iteration, run)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
 
 
-def publish(root: Path, iteration: int) -> Path:
+def remove_leftovers(root: Path) -> list[str]:
+    """Delete what unfinished saves left behind; for the only run that writes there.
+
+    Returns:
+        names of the folders.
+    """
+    names = sorted(f.name for f in root.iterdir() if _LEFTOVER.fullmatch(f.name) and f.is_dir())
+    for name in names:
+        # A dead run's writer may still be at it; its folder's name is not ours, so it may stay.
+        shutil.rmtree(root / name, ignore_errors=True)
+    for file in root.glob(f".{TRACKER}.*.tmp"):
+        file.unlink(missing_ok=True)
+    return names
+
+
+def publish(root: Path, iteration: int, run: str | None = None) -> Path:
     """Give a completely written checkpoint its name, then point the tracker to it."""
-    incomplete, folder = incomplete_folder(root, iteration), iteration_folder(root, iteration)
+    incomplete, folder = incomplete_folder(root, iteration, run), iteration_folder(root, iteration)
     _sync_to_disk(incomplete)
     replaced = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
@@ -95,11 +111,12 @@ def publish(root: Path, iteration: int) -> Path:
     os.rename(incomplete, folder)
     if replaced.exists():
         shutil.rmtree(replaced)
-    _write_tracker(root, iteration)
+    write_tracker(root, iteration)
     return folder
 
 
-def _write_tracker(root: Path, iteration: int) -> None:
+def write_tracker(root: Path, iteration: int) -> None:
+    """Say which checkpoint is the newest, in one step."""
     temporary = root / f".{TRACKER}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(f"{iteration}\n")

@@ -52,6 +52,8 @@ class Found:
     """Its plain values."""
     notes: list[str]
     """Differences to tell the user."""
+    saved: Config | None
+    """The configuration that wrote it; None: another program did."""
 
 
 def locate(load: Path) -> Path | None:
@@ -106,7 +108,9 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         )
     shapes = tensor_shapes(metadata)
     objects = frozenset(metadata.state_dict_metadata.keys() - shapes.keys())
-    return Found(folder=folder, shapes=shapes, objects=objects, common=common, notes=notes)
+    return Found(
+        folder=folder, shapes=shapes, objects=objects, common=common, notes=notes, saved=saved
+    )
 
 
 def read_common(folder: Path) -> dict[str, Any]:

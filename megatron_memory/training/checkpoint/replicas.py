@@ -61,7 +61,7 @@ def check_replicas(setup: TrainingSetup, iteration: int) -> None:
         more = len(problems) - _MOST_NAMES
         listed = "; ".join(problems[:_MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
         raise TrainingError(
-            f"iteration {iteration}: copies of the weights are not equal: {listed}. Not saved. "
+            f"iteration {iteration}: copies of weights are not equal: {listed}. Not saved. "
             "Look for faulty hardware on that rank, and go back to the newest checkpoint with "
             "--load"
         )

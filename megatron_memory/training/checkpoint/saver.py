@@ -1,6 +1,8 @@
 """Writing checkpoints, in the foreground or behind the training."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -20,6 +22,7 @@ from megatron_memory.training.checkpoint.agreement import ask_first_rank
 from megatron_memory.training.checkpoint.checksums import MARK
 from megatron_memory.training.checkpoint.checksums_together import join_sums, with_sums
 from megatron_memory.training.checkpoint.integrity import check_whole
+from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.checkpoint.writer_queue import start_writer_queue
 from megatron_memory.training.setup import TrainingSetup, data_parallel_group
@@ -31,14 +34,17 @@ class CheckpointSaver:
     Args:
         setup: of this rank; `--save` must be given.
         vocab_size: tokens before padding, which belong to the model's identity.
+        lease: on rank 0, of `--save`; None: the caller is sure to be alone.
     """
 
-    def __init__(self, setup: TrainingSetup, vocab_size: int):
+    def __init__(self, setup: TrainingSetup, vocab_size: int, lease: Lease | None = None):
         assert setup.config.checkpoint.save is not None, "there is nowhere to save to"
         self._setup = setup
         self._config = with_share_groups(setup.config)
         self._vocab_size = vocab_size
         self._root = Path(setup.config.checkpoint.save)
+        self._lease = lease
+        self._run = None if lease is None else lease.run
         self._strategy = _strategy()
         self._running = AsyncCallsQueue()
         self.newest: Position | None = None
@@ -49,8 +55,12 @@ class CheckpointSaver:
         start_writer_queue()
         ask_first_rank(lambda: save_config(self._config, self._root / folders.CONFIG_FILE))
 
-    def save(self, position: Position) -> Path:
+    def save(self, position: Position, more: Mapping[str, Any] | None = None) -> Path:
         """Write a checkpoint; with `--async-save` it is complete only after a later `poll`.
+
+        Args:
+            position: how far the training is.
+            more: further plain values, for the loader to find in `Found.common`.
 
         Returns:
             the folder that it has, or will have.
@@ -59,10 +69,10 @@ class CheckpointSaver:
             CheckpointError: it, or the one before it, could not be written.
         """
         self.finish()
-        folder = ask_first_rank(lambda: folders.begin(self._root, position.iteration))
+        folder = ask_first_rank(lambda: self._begin(position.iteration))
         try:
             request = dist_checkpointing.save(
-                self._state(position),
+                self._state(position) | dict(more or {}),
                 str(folder),
                 self._strategy,
                 async_sharded_save=True,
@@ -127,17 +137,24 @@ class CheckpointSaver:
             saved |= state.sharded_generators(setup)
         return saved
 
+    def _begin(self, iteration: int) -> Path:
+        if self._lease is not None:
+            self._lease.require()
+        return folders.begin(self._root, iteration, self._run)
+
     def _publish(self, position: Position) -> None:
         ask_first_rank(lambda: self._publish_and_prune(position.iteration))
         self.newest = position
 
     def _publish_and_prune(self, iteration: int) -> None:
-        folder = folders.incomplete_folder(self._root, iteration)
+        folder = folders.incomplete_folder(self._root, iteration, self._run)
         save_config(self._config, folder / folders.CONFIG_FILE)
         check_whole(folder)
         if self._has_sums:
             join_sums(folder, self._setup.config.checkpoint.checksums)
-        folders.publish(self._root, iteration)
+        if self._lease is not None:
+            self._lease.require()
+        folders.publish(self._root, iteration, self._run)
         keep_last = self._setup.config.checkpoint.keep_last
         if keep_last is not None:
             folders.prune(self._root, keep_last, iteration, keep_before=self.keep_before)

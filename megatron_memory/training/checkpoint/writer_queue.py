@@ -19,6 +19,9 @@ from multiprocessing.managers import SyncManager
 from queue import Queue
 from typing import Any
 
+_JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+"""`stopping.STOP_SIGNALS`, whose module is too heavy for this process."""
+
 
 class SealedQueue:
     """A manager's queue whose items the manager does not open; what megatron-core uses of one."""
@@ -52,7 +55,7 @@ def start_writer_queue() -> None:
 
 
 def _become_server() -> None:
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in _JOB_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "the server of the writers' queue runs in a process of its own"

@@ -165,7 +165,7 @@ POOLED = {
     "m2 of dp4": (
         4,
         {},
-        dict(parallel_size=2),
+        dict(parallel_size=2, value_dim=64),
         [("values.weight weight", 3), ("final_layernorm.weight weight", 2)],
         ["ranks 1, 3 of the 2 data-parallel copies", "rank 2 of the 4 data-parallel copies"],
     ),

@@ -83,7 +83,7 @@ def test_keep_last_and_the_saved_configuration(dataset: str, tmp_path: Path):
 CRASHES = {
     "while files are written": (FileSystemWriterAsync, "retrieve_write_results"),
     "before the checkpoint has its name": (folders, "publish"),
-    "before the tracker moves": (folders, "_write_tracker"),
+    "before the tracker moves": (folders, "write_tracker"),
     "while old ones are deleted": (folders.shutil, "rmtree"),
 }
 
@@ -306,9 +306,9 @@ def _count_saves(config: Config) -> list[int]:
     saves = []
     original = trainer.CheckpointSaver.save
 
-    def save(self, position):
+    def save(self, position, more):
         saves.append(position.iteration)
-        return original(self, position)
+        return original(self, position, more)
 
     trainer.CheckpointSaver.save = save
     run(config)

@@ -1,0 +1,158 @@
+"""One writer: living ones are left alone, dead ones are replaced, whatever their clocks say."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint import lease
+from megatron_memory.training.checkpoint.lease import LEASE_FILE, Lease
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_SECONDS_BETWEEN_BEATS", 0.05)
+    monkeypatch.setattr(lease, "_SECONDS_UNTIL_DEAD", 0.6)
+
+
+def _hold(root: Path, **changes: object) -> Path:
+    """What another process would write."""
+    other = dataclasses.asdict(lease._this_process()) | {"run": "other"} | changes
+    (root / LEASE_FILE).write_text(json.dumps(other))
+    return root / LEASE_FILE
+
+
+@pytest.fixture
+def process():
+    running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield running
+    running.kill()
+    running.wait()
+
+
+def test_living_process_keeps_it_however_long_it_is_silent(tmp_path: Path, process):
+    file = _hold(tmp_path, pid=process.pid, started=lease._started(process.pid))
+    os.utime(file, (0, 0))
+    with pytest.raises(CheckpointError, match=f"another run writes there .run other.*{LEASE_FILE}"):
+        Lease(tmp_path)
+    assert json.loads(file.read_text())["run"] == "other"
+
+
+def test_dead_process_and_a_number_used_again(tmp_path: Path, process):
+    living = process.pid, lease._started(process.pid)
+    process.kill()
+    # Not waited for: a zombie writes nothing.
+    deadline = time.monotonic() + 10
+    while lease._started(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for pid, started in (living, (os.getppid(), "1"), (2**22 + 5, "1")):
+        _hold(tmp_path, pid=pid, started=started)
+        ours = Lease(tmp_path)
+        ours.require()
+        ours.release()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_another_machines_heartbeat_decides_by_the_file_systems_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = _hold(tmp_path, machine="elsewhere", host="node-b", pid=1)
+    said: list[str] = []
+    beating, stop = time.time() + 3600, threading.Event()
+
+    def beat() -> None:
+        number = 0
+        while not stop.wait(0.1):
+            number += 1
+            # An hour ahead: only that it moves counts.
+            os.utime(file, (beating + number, beating + number))
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(CheckpointError, match="run other, process 1 on node-b"):
+            Lease(tmp_path, said.append)
+    finally:
+        stop.set()
+        heart.join()
+    assert len(said) == 1 and "waiting for a sign of life of run other" in said[0]
+    # This machine's clock is a year off; the files' clock is not.
+    os.utime(file, (time.time() - 10, time.time() - 10))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 365 * 86400)
+    began = time.monotonic()
+    Lease(tmp_path, said.append).release()
+    assert time.monotonic() - began < 0.5 and len(said) == 1
+
+
+def test_silent_owner_elsewhere_is_waited_for_and_replaced(tmp_path: Path):
+    _hold(tmp_path, machine="elsewhere")
+    said: list[str] = []
+    ours = Lease(tmp_path, said.append)
+    assert len(said) == 1
+    before = (tmp_path / LEASE_FILE).stat().st_mtime_ns
+    time.sleep(0.3)
+    assert (tmp_path / LEASE_FILE).stat().st_mtime_ns > before
+    ours.release()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"run": 3}', "9" * 5000, "[" * 5000])
+def test_damaged_file_is_held_by_somebody_until_it_is_silent(content: str, tmp_path: Path):
+    (tmp_path / LEASE_FILE).write_text(content)
+    os.utime(tmp_path / LEASE_FILE, (0, 0))
+    ours = Lease(tmp_path)
+    ours.require()
+    ours.release()
+
+
+def test_lost_or_deleted_lease_is_noticed_and_not_taken_back(tmp_path: Path):
+    ours = Lease(tmp_path)
+    _hold(tmp_path, pid=1)
+    with pytest.raises(CheckpointError, match="run other, process 1 .* holds it now"):
+        ours.require()
+    ours.release()
+    assert (tmp_path / LEASE_FILE).exists()
+    (tmp_path / LEASE_FILE).unlink()
+    with pytest.raises(CheckpointError, match="deleted"):
+        ours.require()
+
+
+def test_of_many_that_find_a_dead_run_one_wins(tmp_path: Path):
+    """Each is a process, for one process is one run."""
+    _hold(tmp_path, pid=2**22 + 5)
+    script = (
+        "import sys, pathlib\n"
+        "from megatron_memory.training.checkpoint.lease import Lease\n"
+        "from megatron_memory.exceptions import CheckpointError\n"
+        "sys.stdin.readline()\n"
+        "try:\n"
+        f"    held = Lease(pathlib.Path({str(tmp_path)!r})); print('won', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "except CheckpointError: print('lost', flush=True)\n"
+    )
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    try:
+        for starter in starters:
+            starter.stdin.write("\n")
+            starter.stdin.flush()
+        answers = sorted(starter.stdout.readline().strip() for starter in starters)
+    finally:
+        for starter in starters:
+            starter.kill()
+            starter.communicate()
+    assert answers == ["lost", "lost", "lost", "won"]
