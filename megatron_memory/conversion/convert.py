@@ -15,6 +15,7 @@ from megatron_memory.conversion.options import Checking, Conversion, Format, Tar
 from megatron_memory.conversion.progress import shown
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.conversion.verify import check_read_back, check_twins, compare_logits
+from megatron_memory.conversion.verify_files import check_files
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 
 _VERIFIED_BY_ITSELF = 1_000_000_000
@@ -60,6 +61,9 @@ def convert(conversion: Conversion, notify: Notify) -> None:
         notify(f"note: {note}")
     count = sum(torch.Size(t.shape).numel() for t in state.weights.values())
     notify(f"{save}: {len(state.weights)} tensors, {count:,} parameters, {_name(dtype)}")
+    if conversion.checking.verify is not False:
+        for compared in check_files(state, target.target_format, save):
+            notify(f"verified: {compared}")
     if _verifies(conversion.checking, count, notify):
         _verify(state, conversion, dtype, notify)
 
@@ -119,15 +123,17 @@ def _write(state: SavedState, target: Target, folder: Path, dtype: torch.dtype) 
             pipeline_parallel_size=target.target_pipeline_parallel_size,
             memory_parallel_size=target.target_memory_parallel_size,
         )
-        write_megatron(state, folder, Path(target.save), layout, dtype)
-    else:
-        write_lingua(state, folder, dtype)
+        return write_megatron(state, folder, Path(target.save), layout, dtype)
+    write_lingua(state, folder, dtype)
     return []
 
 
 def _verifies(checking: Checking, num_parameters: int, notify: Notify) -> bool:
     if checking.verify is None and num_parameters > _VERIFIED_BY_ITSELF:
-        notify("not verified, as the model is large; --verify does it, in memory for both models")
+        notify(
+            "the weights are not verified, as the model is large; --verify does it, in memory for "
+            "both models"
+        )
         return False
     return checking.verify is not False
 

@@ -34,7 +34,11 @@ from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twi
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import check_stored, read_metadata
+from megatron_memory.reading.documents import read_json
+from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.torch_files import load_torch_file
+from megatron_memory.training.checkpoint.integrity import check_stored
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 
 PARAMS = "params.json"
 CONSOLIDATED = "consolidated.pth"
@@ -145,7 +149,7 @@ def read_lingua(load: Path) -> SavedState:
         CheckpointError: there is none, it is damaged, or a setting has no equal here.
     """
     folder = locate_lingua(load)
-    params = _read_json(folder / PARAMS)
+    params = read_json(folder / PARAMS, CheckpointError)
     stored = stored_tensors(folder)
     weights = _under(stored, _MODEL)
     vocab = weights.get(_NAMES.embedding)
@@ -160,7 +164,9 @@ def read_lingua(load: Path) -> SavedState:
     for found in moments.values():
         check_shapes(config, vocab.num_rows, found, folder)
     state_file = folder / _STATE_FILE
-    step = _read_json(state_file).get("step", 0) if state_file.is_file() else _step_of(folder)
+    step = _step_of(folder)
+    if state_file.is_file():
+        step = _saved_step(state_file, step)
     return SavedState(
         config=config,
         vocab_size=vocab.num_rows,
@@ -203,12 +209,13 @@ def stored_tensors(folder: Path) -> Tensors:
         check_stored(folder, metadata)
         return StoredTensors(folder, metadata).tensors()
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Without the optimizer's part it is the model's tensors themselves.
-        parts = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
-    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
-    except Exception as error:
+        loaded = load_torch_file(path, mmap=True)
+    except (UnsafeFile, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read, or holds code: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds no tensors by name")
+    # Without the optimizer's part it is the model's tensors themselves.
+    parts = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
     return {key: from_memory(tensor) for key, tensor in _flat(parts, "")}
 
 
@@ -245,6 +252,21 @@ def _moments(rules: list[Rule], stored: Tensors, kind: str, folder: Path) -> Ten
     return to_ours(rules, _with_copies(rules, states), folder) if states else {}
 
 
+def _saved_step(path: Path, expected: int) -> int:
+    """The position that a file says, which must be its folder's."""
+    step = read_json(path, CheckpointError).get("step", expected)
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise CheckpointError(
+            f"{path}: step is {step!r:.80}, and must be a whole number, 0 or more"
+        )
+    if expected and step != expected:
+        raise CheckpointError(
+            f"{path}: says step {step}, and its folder is named after step {expected}. Give the "
+            "folder its own name, or copy the checkpoint again"
+        )
+    return step
+
+
 def _step_of(folder: Path) -> int:
     name = folder.parent.name if folder.name == "consolidated" else folder.name
     return int(name) if _ITERATION.fullmatch(name) else 0
@@ -257,16 +279,6 @@ def _notes(config: Config, stored: Tensors) -> tuple[str, ...]:
     if config.data.tokenizer_type is None:
         notes.append("the tokenizer is not part of the checkpoint: give --tokenizer-model to train")
     return tuple(notes)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return found
 
 
 def write_lingua(state: SavedState, folder: Path, dtype: torch.dtype | None = None) -> None:

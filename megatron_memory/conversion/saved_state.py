@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_memory.config import Config
 from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 Tensors = dict[str, LazyTensor]
 
@@ -38,6 +39,8 @@ class SavedState:
     """Other plain values of one of our own checkpoints; {} of other formats'."""
     tokenizer: Path | None = None
     """The folder or file of the tokenizer that came with it."""
+    generation: GenerationSettings | None = None
+    """Stop tokens, sampling and the like, where they came with it."""
     twins: tuple[tuple[str, LazyTensor, LazyTensor], ...] = ()
     """Tensors that the format keeps more than once, to be the same: name, one, another."""
     notes: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ from megatron_memory.exceptions import DataError
 
 Arrays = tuple[np.ndarray, ...]
 
+_NO_TOKEN = -1
+"""megatron-core's id of padding for tokenizers that have none."""
+
 
 @dataclasses.dataclass
 class TokenDatasetConfig(GPTDatasetConfig):
@@ -36,9 +40,21 @@ class TokenDatasetConfig(GPTDatasetConfig):
 
 
 class TokenDataset(GPTDataset):
-    """GPTDataset that fills its cache where it is missing and checks the token ids it reads."""
+    """GPTDataset that fills its cache where it is missing and checks the token ids it reads.
+
+    Every id of the corpus is read as it is, and no loss is masked but what the flags say. Samples
+    are cut from the joined documents, so that none is padded; megatron-core all the same reads the
+    tokenizer's pad token as id 0 and masks its loss, wherever a corpus has it.
+    """
 
     config: TokenDatasetConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with warnings.catch_warnings():
+            # It does not matter here that the pad token is another special token, too.
+            warnings.filterwarnings("ignore", message="The pad token id")
+            super().__init__(*args, **kwargs)
+        self._pad_token_id = _NO_TOKEN
 
     def _build_document_sample_shuffle_indices(self) -> Arrays:
         directory = self.config.path_to_cache

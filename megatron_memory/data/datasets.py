@@ -75,7 +75,7 @@ def build_datasets(
     No attention mask is made without `reset_attention_mask`: causal attention makes its own.
 
     Args:
-        tokenizer: gives the end-of-document and padding ids.
+        tokenizer: gives the end-of-document id.
         padded_vocab_size: entries of the embedding; a sample with a larger id is refused.
         seq_length: tokens of a sample.
         num_train_samples, num_valid_samples, num_test_samples: that the whole run reads; 0 for a

@@ -18,6 +18,7 @@ from megatron_memory.training.checkpoint.changes import (
     check_optimizer_kind,
     setting_changes,
 )
+from megatron_memory.training.checkpoint.generation import carried
 from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
 from megatron_memory.training.checkpoint.save_folder import (
@@ -107,9 +108,10 @@ def _build_trainer(
     if found is not None:
         load_checkpoint(setup, found, console.say)
     clear_save(config.checkpoint, loaded, console.say)
-    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size, lease)
-    rewind = None
-    if saver is not None:
+    saver, rewind = None, None
+    if config.checkpoint.save is not None:
+        kept = {} if found is None else carried(found.common)
+        saver = CheckpointSaver(setup, vocab_size, lease, kept)
         start = None if config.checkpoint.finetune else found
         rewind = Rewinder(setup, saver, start, vocab_size, console.say)
     # From here on there is something to save. Before, a signal ends the program at once.

@@ -16,7 +16,7 @@ from megatron_memory.conversion.lingua import lingua_rules, read_lingua
 from megatron_memory.conversion.lingua_params import params_of
 from megatron_memory.conversion.megatron import read_megatron
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import read_metadata
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.conversion.states import assert_same_tensors, conversion, golden_checkpoint, read_all
 from tests.distributed import run_ranks
 from tests.golden_lingua import CASES, load_case
@@ -110,6 +110,8 @@ def test_run_directory_means_its_newest_checkpoint(tmp_path: Path):
     runs = tmp_path / "checkpoints"
     for name, step in (("peer", 8), ("memory_plus", 24)):
         shutil.copytree(golden_checkpoint(name), runs / f"{step:010d}")
+        position = runs / f"{step:010d}" / "train_state_00000.json"
+        position.write_text(position.read_text().replace('"step": 24', f'"step": {step}'))
     assert read_lingua(tmp_path).config.memory.variant == "memory+"
     assert read_lingua(runs / "0000000008").config.memory.variant == "peer"
 

@@ -1,6 +1,8 @@
 """Samples: Megatron's, in its order, from a cache that each node builds once."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from tokenizers import Tokenizer
 
 from megatron_memory.data import cached_datasets
 from megatron_memory.data.datasets import build_datasets
@@ -71,6 +74,52 @@ def assert_same(ours, theirs) -> None:
         assert a.keys() == b.keys()
         for key, value in b.items():
             assert np.array_equal(a[key], value), f"sample {i}, {key}"
+
+
+SPECIAL = {
+    "pad": {"pad_token": "<|reserved_0|>"},
+    "pad is eos": {"pad_token": "<|endoftext|>"},
+    "pad is bos": {"pad_token": "<|reserved_0|>", "bos_token": "<|reserved_0|>"},
+    "pad is unk": {"pad_token": "<|reserved_0|>", "unk_token": "<|reserved_0|>"},
+    "pad is a word": {"pad_token": "the"},
+    "no pad": {"bos_token": "<|reserved_0|>", "unk_token": "<|reserved_1|>", "mask_token": "is"},
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_every_id_of_the_corpus_is_seen_as_it_is(tmp_path, name):
+    """Whatever the tokenizer calls its special tokens, and with each mask that a flag asks for."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(GOLDEN / "tokenizer", folder)
+    definition = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    definition.add_special_tokens(["<|reserved_0|>", "<|reserved_1|>"])
+    definition.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | SPECIAL[name]))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(folder))
+    text = "the cat<|reserved_0|> is the<|reserved_1|> cat<|endoftext|> on the mat"
+    ids = definition.encode(text, add_special_tokens=False).ids
+    documents = [np.roll(ids, i).tolist() + [tokenizer.eod] for i in range(40)]
+    pair = write_dataset(tmp_path / "special", documents)
+    options = {
+        "tokenizer": tokenizer,
+        "padded_vocab_size": 2**14,
+        "data_path": [pair],
+        "split": "1",
+    }
+    counts = (2 * len(documents), 0, 0)
+    stream = np.concatenate(documents)
+    for mask in (False, True):
+        data = build(tmp_path / f"cache{mask}", counts, eod_mask_loss=mask, **options).train
+        plain = megatrons_own(counts, blend=([pair], None), split="1")[0]
+        seen = set()
+        for ours, theirs in ((data[i], plain[i]) for i in range(len(data))):
+            assert torch.equal(ours["tokens"], theirs["tokens"])
+            assert torch.equal(ours["labels"], theirs["labels"])
+            wanted = (ours["tokens"] != tokenizer.eod) if mask else torch.ones(SEQ_LENGTH)
+            assert torch.equal(ours["loss_mask"], wanted.float())
+            seen |= set(ours["tokens"].tolist())
+        assert seen == set(stream.tolist())
 
 
 def test_one_dataset(tmp_path, pair):

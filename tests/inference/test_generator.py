@@ -210,7 +210,10 @@ def _ended_texts(generator):
 
     def run(end):
         engine = InferenceEngine(
-            generator.model, vocab_size=VOCAB, padded_vocab_size=128, end_of_document=end
+            generator.model,
+            vocab_size=VOCAB,
+            padded_vocab_size=128,
+            stop_tokens=() if end is None else (end,),
         )
         return engine.run(prompts, NUM_TOKENS, GREEDY, 8)
 

@@ -150,7 +150,9 @@ def _seed(state: SavedState, initial: Initial, notify: Notify) -> int:
 def _write(state: SavedState, checkpoints: Checkpoints, folder: Path, notify: Notify) -> SavedState:
     """What was written, read back."""
     with shown(state, "writing") as counted:
-        write_megatron(counted, folder, Path(checkpoints.save), Layout())
+        notes = write_megatron(counted, folder, Path(checkpoints.save), Layout())
+    for note in notes:
+        notify(f"note: {note}")
     kept = "with the optimizer's state" if state.moments else "without an optimizer's state"
     notify(
         f"{checkpoints.save}: {len(state.weights)} tensors, {_num_parameters(state):,} parameters, "

@@ -72,17 +72,17 @@ class Sums:
     """Bytes of each file; empty where megatron-core wrote the sums."""
 
 
-def sum_files(folder: Path, names: Iterable[str], algorithm: str) -> Sums:
-    """The sums of some files, read now.
+def sum_files(folder: Path, names: Iterable[str], algorithm: str, threads: int = 1) -> Sums:
+    """The sums of some files, read now by so many threads.
 
     Raises:
         OSError: one cannot be read.
     """
-    files, sizes = {}, {}
-    for name in sorted(names):
-        sizes[name] = (folder / name).stat().st_size
-        places = places_of(name, sizes[name], algorithm)
-        files[name] = combine(sum_places(folder, places, algorithm), places, algorithm)
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
+    places = {name: places_of(name, size, algorithm) for name, size in sizes.items()}
+    every = [place for of_file in places.values() for place in of_file]
+    digests = sum_places(folder, every, algorithm, threads)
+    files = {name: combine(digests, of_file, algorithm) for name, of_file in places.items()}
     return Sums(algorithm=algorithm, files=files, sizes=sizes)
 
 

@@ -35,15 +35,23 @@ class CheckpointSaver:
         setup: of this rank; `--save` must be given.
         vocab_size: tokens before padding, which belong to the model's identity.
         lease: on rank 0, of `--save`; None: the caller is sure to be alone.
+        carried: plain values of the checkpoint that the run began with, which stay as they are.
     """
 
-    def __init__(self, setup: TrainingSetup, vocab_size: int, lease: Lease | None = None):
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        vocab_size: int,
+        lease: Lease | None = None,
+        carried: Mapping[str, Any] | None = None,
+    ):
         assert setup.config.checkpoint.save is not None, "there is nowhere to save to"
         self._setup = setup
         self._config = with_share_groups(setup.config)
         self._vocab_size = vocab_size
         self._root = Path(setup.config.checkpoint.save)
         self._lease = lease
+        self._carried = dict(carried or {})
         self._run = None if lease is None else lease.run
         self._strategy = _strategy()
         self._running = AsyncCallsQueue()
@@ -120,6 +128,7 @@ class CheckpointSaver:
         setup, checkpoint = self._setup, self._setup.config.checkpoint
         model = state.sharded_model(setup.model)
         saved: state.StateDict = {
+            **self._carried,
             **model,
             **state.sharded_usage(setup),
             "iteration": position.iteration,

@@ -102,7 +102,7 @@ def test_a_model_that_gigatoken_does_not_know(tokenizer):
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     other = dataclasses.replace(tokenizer, definition=words.to_str())
-    with pytest.raises(TokenMismatch, match="cannot read this tokenizer"):
+    with pytest.raises(TokenMismatch, match="not known to honour a model WordLevel"):
         FastEncoder(other, [])
 
 
