@@ -149,15 +149,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(root: Path, keep_last: int, newest: int) -> list[int]:
+def prune(root: Path, keep_last: int, newest: int, *, keep_before: int | None = None) -> list[int]:
     """Delete all but the `keep_last` newest checkpoints up to iteration `newest`.
 
-    Checkpoints after it belong to another run of the same directory and stay.
+    Checkpoints after it belong to another run of the same directory and stay. Those before
+    iteration `keep_before` stay as well.
 
     Returns:
         the iterations deleted.
     """
     doomed = [i for i in saved_iterations(root) if i <= newest][:-keep_last]
+    doomed = [i for i in doomed if keep_before is None or i >= keep_before]
     for iteration in doomed:
         folder = published_folder(root, iteration)
         # Renamed first, so that a checkpoint half deleted does not look like a whole one.
