@@ -25,6 +25,8 @@ from megatron_memory.config.nearest import suggest
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.config.schema import Config
 from megatron_memory.exceptions import ConfigurationError
+from megatron_memory.reading.documents import LARGEST_YAML, parse_yaml_pairs, read_bounded
+from megatron_memory.reading.pickles import UnsafeFile
 
 _OWN_NAMES = ("config", "help")
 
@@ -296,31 +298,15 @@ def _read_file_into(reader: _Reader, path: str) -> None:
 def _read_yaml(path: str) -> list[tuple[Any, Any]]:
     """The top-level keys and values of a YAML file, repeated keys included."""
     try:
-        text = Path(path).read_text("utf-8")
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
-        if document is None:
-            return []
-        if not isinstance(document, yaml.MappingNode):
-            raise ConfigurationError(
-                f"The configuration file {path} is not a list of settings: "
-                "write one `key: value` on each line."
-            )
-        constructor = yaml.SafeLoader("")
-        return [
-            (
-                constructor.construct_object(key, deep=True),
-                constructor.construct_object(value, deep=True),
-            )
-            for key, value in document.value
-        ]
+        return parse_yaml_pairs(read_bounded(path, LARGEST_YAML))
     except OSError as error:
         raise ConfigurationError(
             f"The configuration file {path} (--config) cannot be read: {error.strerror}. "
             "Check the path."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnsafeFile as error:
         raise ConfigurationError(
-            f"The configuration file {path} is not valid YAML: {error}"
+            f"The configuration file {path} (--config) cannot be read: {error}."
         ) from error
 
 

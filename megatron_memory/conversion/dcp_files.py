@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.planner import (
 from megatron_memory.conversion.lazy import LazyTensor
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.torch_files import load_torch_part
 
 
 class StoredTensors:
@@ -123,12 +125,8 @@ class StoredTensors:
         info = self._metadata.storage_data[index]
         path = self._folder / info.relative_path
         try:
-            with open(path, "rb") as file:
-                file.seek(info.offset)
-                stored = io.BytesIO(file.read(info.length))
-            return torch.load(stored, map_location="cpu", weights_only=True)
-        # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
-        except Exception as error:
+            return load_torch_part(path, info.offset, info.length)
+        except (UnsafeFile, OSError) as error:
             raise CheckpointError(f"{path}: {index.fqn} cannot be read: {error}") from error
 
 

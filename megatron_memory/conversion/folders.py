@@ -1,4 +1,4 @@
-"""Output folders that appear only when they are complete, and files that are copied into them."""
+"""Output folders that appear only when they are complete."""
 
 import contextlib
 import errno
@@ -63,28 +63,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Copy a tokenizer's folder, or its one file, without anything that does not belong to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [tokenizer] if tokenizer.is_file() else tokenizer_files(tokenizer)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer in a folder, which may hold a model as well."""
-    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]

@@ -19,7 +19,8 @@ from megatron_memory.config import (
 from megatron_memory.config.checks_memory import memory_problems
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.decoder import check_is_like_llama, check_size, decoder_rules
-from megatron_memory.conversion.folders import tokenizer_files
+from megatron_memory.conversion.generation_settings import FILE as GENERATION
+from megatron_memory.conversion.generation_settings import read_generation
 from megatron_memory.conversion.hf_card import model_card
 from megatron_memory.conversion.hf_families import (
     FAMILIES,
@@ -31,6 +32,7 @@ from megatron_memory.conversion.hf_families import (
     values_of,
 )
 from megatron_memory.conversion.hf_memory import (
+    MEMORY_SETTINGS,
     MODEL_TYPE,
     copy_code,
     cut_tables,
@@ -42,16 +44,22 @@ from megatron_memory.conversion.hf_memory import (
     memory_values,
     register,
 )
+from megatron_memory.conversion.hf_settings import check_settings
+from megatron_memory.conversion.hf_stored import with_one_head, without_frequencies
 from megatron_memory.conversion.hf_tokenizer import write_tokenizer
+from megatron_memory.conversion.links import check_links
 from megatron_memory.conversion.rules import Rule, to_ours, to_theirs
 from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.shapes import check_shapes
+from megatron_memory.conversion.tokenizer_files import tokenizer_files
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.reading.documents import read_json
+from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 CONFIG = "config.json"
-# Buffers that older versions of transformers saved: they follow from the configuration.
-_BUFFERS = ("rotary_emb.inv_freq",)
+# Of all files that are read.
+_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 # Settings whose defaults follow from others.
 _FOLLOWING = (
     "head_dim",
@@ -79,13 +87,17 @@ def read_hf(load: Path) -> SavedState:
     Raises:
         CheckpointError: it is damaged, of an unknown family, or a setting has no equal here.
     """
+    check_links(load, _SUFFIXES)
     values = read_config(load)
+    generation = read_generation(load, values)
     family = _family_called(values, load)
-    stored = {n: t for n, t in read_weight_files(load).items() if not n.endswith(_BUFFERS)}
+    settings_notes = _checked_settings(values, load)
     values = _with_defaults(values)
-    config, notes = config_of(family, values, stored, load)
+    stored, is_tied, notes = with_one_head(read_weight_files(load), values)
+    config, more = config_of(family, {**values, "tie_word_embeddings": is_tied}, stored, load)
     rules = hf_rules(config)
-    stored = join_tables(_without_tied_output(config, stored), config, load)
+    stored = without_frequencies(stored, config.model, load)
+    stored = join_tables(stored, config, load)
     weights = to_ours(rules, stored, load)
     vocab_size = values["vocab_size"]
     check_shapes(config, vocab_size, weights, load)
@@ -94,8 +106,17 @@ def read_hf(load: Path) -> SavedState:
         vocab_size=vocab_size,
         weights=weights,
         tokenizer=load if tokenizer_files(load) else None,
-        notes=tuple(notes),
+        generation=generation,
+        notes=(*settings_notes, *notes, *more),
     )
+
+
+def _checked_settings(values: Mapping[str, Any], load: Path) -> list[str]:
+    own = MEMORY_SETTINGS if values.get("model_type") == MODEL_TYPE else frozenset()
+    try:
+        return check_settings(values, own)
+    except CheckpointError as error:
+        raise CheckpointError(f"{load / CONFIG}: {error}") from error
 
 
 def _family_called(values: Mapping[str, Any], load: Path) -> Family:
@@ -129,13 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: holds no {CONFIG}: no Hugging Face model. Check the path, and --from"
         )
-    try:
-        values = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / CONFIG}: holds no JSON object")
-    return values
+    return read_json(folder / CONFIG, CheckpointError)
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -186,13 +201,6 @@ def _all_bf16(stored: Tensors) -> bool:
     return all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
 
 
-def _without_tied_output(config: Config, stored: Tensors) -> Tensors:
-    """Some files hold a tied output layer as well."""
-    if config.model.untie_embeddings_and_output_weights or NAMES.output not in stored:
-        return stored
-    return {name: tensor for name, tensor in stored.items() if name != NAMES.output}
-
-
 def write_hf(
     state: SavedState,
     folder: Path,
@@ -224,7 +232,8 @@ def write_hf(
     tensors = {n: t.to(dtype or t.dtype) for n, t in to_theirs(rules, weights, "the model").items()}
     kind = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     values = values_of(family, state.config.model, state.vocab_size, kind)
-    tokenizer = write_tokenizer(state, folder)
+    tokenizer = write_tokenizer(state, folder, family.model_type)
+    generation = state.generation or GenerationSettings.of_tokens(tokenizer.special_tokens)
     if state.config.memory.enabled:
         tensors = cut_tables(tensors, max_shard_bytes)
         element = getattr(torch, kind)
@@ -233,8 +242,9 @@ def write_hf(
         copy_code(folder)
         card = model_card(state, element, has_tokenizer=tokenizer.is_there)
         (folder / "README.md").write_text(card, "utf-8")
-    _write_json(folder / CONFIG, values | tokenizer.special_tokens)
-    _write_json(folder / "generation_config.json", tokenizer.special_tokens)
+    _write_json(folder / CONFIG, {**values, **generation.in_config})
+    if generation.in_file is not None:
+        _write_json(folder / GENERATION, generation.in_file)
     write_weight_files(folder, tensors, max_shard_bytes)
     return [] if tokenizer.note is None else [tokenizer.note]
 
@@ -277,5 +287,5 @@ def _family(state: SavedState, model_type: str | None) -> Family:
     return FAMILIES[model_type]
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

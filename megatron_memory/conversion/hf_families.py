@@ -13,7 +13,7 @@ from megatron_memory.conversion.decoder import DecoderNames
 from megatron_memory.exceptions import CheckpointError
 
 # Megatron-core's frequencies for long contexts are Llama 3's, with these numbers written into them.
-_LLAMA3_ROPE = {
+LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -221,12 +221,19 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"rope_theta {base}: must be a whole number here")
     if any(of.get("partial_rotary_factor") not in (1, None) for of in (values, rope)):
         raise CheckpointError("partial_rotary_factor: only whole heads are rotated here")
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    known |= {"factor", *LLAMA3_ROPE} if kind == "llama3" else set()
+    unknown = [f"{name} {rope[name]}" for name in sorted(rope.keys() - known) if rope[name]]
+    if kind in ("default", "llama3") and unknown:
+        raise CheckpointError(
+            f"rope_type {kind} with {', '.join(unknown)}: nothing is known of such settings here"
+        )
     if kind == "default":
         return {"rotary_base": int(base)}
-    numbers = {name: rope.get(name) for name in _LLAMA3_ROPE}
-    if kind != "llama3" or numbers != _LLAMA3_ROPE:
+    numbers = {name: rope.get(name) for name in LLAMA3_ROPE}
+    if kind != "llama3" or numbers != LLAMA3_ROPE:
         raise CheckpointError(
-            f"rope_type {kind} with {numbers}: only default and llama3 with {_LLAMA3_ROPE} are "
+            f"rope_type {kind} with {numbers}: only default and llama3 with {LLAMA3_ROPE} are "
             "built in megatron-core"
         )
     return {
@@ -240,7 +247,7 @@ def values_of(family: Family, model: ModelConfig, vocab_size: int, dtype: str) -
     """A config.json, in the spelling that transformers 4 and 5 both read."""
     scaling = None
     if model.use_rope_scaling:
-        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor} | _LLAMA3_ROPE
+        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor} | LLAMA3_ROPE
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,

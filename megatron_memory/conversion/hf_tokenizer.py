@@ -2,14 +2,22 @@
 transformers and probed, others named."""
 
 import dataclasses
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_memory.conversion.folders import copy_tokenizer, tokenizer_files
 from megatron_memory.conversion.saved_state import SavedState
+from megatron_memory.conversion.tokenizer_files import (
+    SETTINGS,
+    copy_tokenizer,
+    force_definition,
+    load_tokenizer,
+    read_settings,
+    tokenizer_files,
+    write_settings,
+)
+from megatron_memory.data.tokenizers import num_ids_of
 from megatron_memory.exceptions import CheckpointError
 
 Tokens = dict[str, int | None]
@@ -27,7 +35,6 @@ _PROBES = (
     "",
 )
 _NUM_RANDOM_PROBES = 200
-_SETTINGS = "tokenizer_config.json"
 _INPUTS = ["input_ids", "attention_mask"]
 
 
@@ -43,8 +50,13 @@ class ExportedTokenizer:
     """For the user."""
 
 
-def write_tokenizer(state: SavedState, folder: Path) -> ExportedTokenizer:
+def write_tokenizer(state: SavedState, folder: Path, model_type: str) -> ExportedTokenizer:
     """Write the tokenizer of a model, in a form that `AutoTokenizer` reads.
+
+    Args:
+        state: the model.
+        folder: of the model.
+        model_type: its family's, which decides how transformers reads a tokenizer.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -61,40 +73,31 @@ def write_tokenizer(state: SavedState, folder: Path) -> ExportedTokenizer:
         note = "no tokenizer is at hand; name its folder with --tokenizer-model"
         return ExportedTokenizer(special_tokens=_NO_TOKENS, is_there=False, note=note)
     if tokenizer_files(tokenizer):
-        tokens = _special_tokens(tokenizer)
-        copy_tokenizer(tokenizer, folder)
-        _name_inputs(folder / _SETTINGS)
-        return ExportedTokenizer(special_tokens=tokens, is_there=True)
+        original = load_tokenizer(tokenizer)
+        copy_tokenizer(tokenizer, folder, model_type)
+        _name_inputs(folder)
+        tokens = {name: getattr(original, name) for name in _NO_TOKENS}
+        ids = num_ids_of(original.get_vocab())
+        beyond: str | None = None
+        if ids > state.vocab_size:
+            beyond = (
+                f"the tokenizer has ids up to {ids - 1}, and the model rows for {state.vocab_size} "
+                "tokens: transformers fails on texts with the others"
+            )
+        return ExportedTokenizer(special_tokens=tokens, is_there=True, note=beyond)
     if tokenizer.suffix == ".model":
-        return _write_sentencepiece(tokenizer, folder)
+        return _write_sentencepiece(tokenizer, folder, model_type)
     note = f"{tokenizer}: transformers does not read such a tokenizer, and none is written"
     return ExportedTokenizer(special_tokens=_NO_TOKENS, is_there=False, note=note)
 
 
-def _name_inputs(settings_file: Path) -> None:
+def _name_inputs(folder: Path) -> None:
     """Say what a decoder takes: transformers 4 gives it token types too, which it refuses."""
-    if settings_file.is_file():
-        settings = json.loads(settings_file.read_text("utf-8"))
-        settings.setdefault("model_input_names", _INPUTS)
-        settings_file.write_text(_json(settings), "utf-8")
+    if (folder / SETTINGS).is_file():
+        write_settings(folder, {"model_input_names": _INPUTS} | read_settings(folder))
 
 
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def _special_tokens(folder: Path) -> Tokens:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    # transformers raises nearly anything on a damaged file.
-    except Exception as error:
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
-    return {name: getattr(tokenizer, name) for name in _NO_TOKENS}
-
-
-def _write_sentencepiece(file: Path, folder: Path) -> ExportedTokenizer:
+def _write_sentencepiece(file: Path, folder: Path, model_type: str) -> ExportedTokenizer:
     """tokenizer.json for a SentencePiece model, if it gives the same tokens.
 
     transformers' own classes for such models presume Llama's normalization, whatever the model
@@ -122,7 +125,8 @@ def _write_sentencepiece(file: Path, folder: Path) -> ExportedTokenizer:
         if number is not None
     }
     settings |= {"clean_up_tokenization_spaces": False, "model_input_names": _INPUTS}
-    (folder / _SETTINGS).write_text(_json(settings), "utf-8")
+    force_definition(folder, settings, model_type)
+    write_settings(folder, settings)
     return ExportedTokenizer(special_tokens=tokens, is_there=True)
 
 

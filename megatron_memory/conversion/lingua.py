@@ -9,6 +9,7 @@ Written from the files' own content and PyTorch's documentation: nothing here is
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,21 +28,26 @@ from megatron_memory.conversion.decoder import (
     memory_linear_layers,
     memory_prefix,
 )
-from megatron_memory.conversion.lazy import from_memory
+from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.lingua_groups import groups_of
 from megatron_memory.conversion.lingua_params import config_of, params_of
 from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twins
-from megatron_memory.conversion.saved_state import SavedState, Tensors
+from megatron_memory.conversion.saved_state import SavedState, Tensors, Twin
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import check_stored, read_metadata
+from megatron_memory.reading.documents import read_json
+from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.torch_files import load_torch_file
+from megatron_memory.training.checkpoint.integrity import check_stored
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 
 PARAMS = "params.json"
 CONSOLIDATED = "consolidated.pth"
 _STATE_FILE = "train_state_00000.json"
 _ITERATION = re.compile(r"\d{10}")
 _MODEL, _OPTIMIZER = "model.", "optim.state."
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_GROUPS = "optim.param_groups."
+_MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"
 
 _NAMES = DecoderNames(
     embedding="tok_embeddings.weight",
@@ -145,13 +151,15 @@ def read_lingua(load: Path) -> SavedState:
         CheckpointError: there is none, it is damaged, or a setting has no equal here.
     """
     folder = locate_lingua(load)
-    params = _read_json(folder / PARAMS)
+    params = read_json(folder / PARAMS, CheckpointError)
     stored = stored_tensors(folder)
     weights = _under(stored, _MODEL)
     vocab = weights.get(_NAMES.embedding)
     if vocab is None:
         raise CheckpointError(f"{folder} lacks {_MODEL}{_NAMES.embedding}: it is no lingua model")
     config = config_of(params, weights, folder / PARAMS)
+    _check_vocabulary(params, vocab.num_rows, folder)
+    _check_accounted(stored, folder)
     rules = lingua_rules(config)
     theirs = _with_copies(rules, weights)
     weights = to_ours(rules, theirs, folder)
@@ -159,13 +167,12 @@ def read_lingua(load: Path) -> SavedState:
     moments = {kind: _moments(rules, stored, kind, folder) for kind in _MOMENTS}
     for found in moments.values():
         check_shapes(config, vocab.num_rows, found, folder)
-    state_file = folder / _STATE_FILE
-    step = _read_json(state_file).get("step", 0) if state_file.is_file() else _step_of(folder)
+    step = _step(stored, folder)
     return SavedState(
         config=config,
         vocab_size=vocab.num_rows,
         weights=weights,
-        twins=tuple(twins(rules, theirs)),
+        twins=(*twins(rules, theirs), *_moment_twins(rules, stored)),
         moments={kind: found for kind, found in moments.items() if found},
         iteration=step,
         consumed_samples=step * config.training.global_batch_size,
@@ -203,12 +210,13 @@ def stored_tensors(folder: Path) -> Tensors:
         check_stored(folder, metadata)
         return StoredTensors(folder, metadata).tensors()
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Without the optimizer's part it is the model's tensors themselves.
-        parts = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
-    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
-    except Exception as error:
+        loaded = load_torch_file(path, mmap=True)
+    except (UnsafeFile, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read, or holds code: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: holds no tensors by name")
+    # Without the optimizer's part it is the model's tensors themselves.
+    parts = loaded if isinstance(loaded.get("model"), dict) else {"model": loaded}
     return {key: from_memory(tensor) for key, tensor in _flat(parts, "")}
 
 
@@ -236,13 +244,93 @@ def _with_copies(rules: list[Rule], theirs: Tensors) -> Tensors:
 
 
 def _moments(rules: list[Rule], stored: Tensors, kind: str, folder: Path) -> Tensors:
+    states = _states(stored, kind)
+    return to_ours(rules, _with_copies(rules, states), folder) if states else {}
+
+
+def _states(stored: Tensors, kind: str) -> Tensors:
     ending = f".{kind}"
-    states = {
+    return {
         name.removesuffix(ending): tensor
         for name, tensor in _under(stored, _OPTIMIZER).items()
         if name.endswith(ending)
     }
-    return to_ours(rules, _with_copies(rules, states), folder) if states else {}
+
+
+def _moment_twins(rules: list[Rule], stored: Tensors) -> Iterator[Twin]:
+    """The states of a shared table that are stored with several of its layers."""
+    for kind in _MOMENTS:
+        for name, one, another in twins(rules, _with_copies(rules, _states(stored, kind))):
+            yield f"{kind} of {name}", one, another
+
+
+def _check_vocabulary(params: dict[str, Any], rows: int, folder: Path) -> None:
+    said = params["model"].get("vocab_size")
+    if isinstance(said, int) and said > 0 and said != rows:
+        raise CheckpointError(
+            f"{folder / PARAMS}: vocab_size {said}, and the embedding has {rows} rows. Correct it"
+        )
+
+
+def _check_accounted(stored: Tensors, folder: Path) -> None:
+    """That no tensor is of a kind which nothing here reads.
+
+    Raises:
+        CheckpointError: names those that are.
+    """
+    endings = tuple(f".{kind}" for kind in (*_MOMENTS, _STEP))
+    unknown = sorted(
+        name
+        for name in stored
+        if not name.startswith(_MODEL)
+        and not (name.startswith(_OPTIMIZER) and name.endswith(endings))
+        and not name.startswith(_GROUPS)
+    )
+    if unknown:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(unknown[:8])}, of which nothing is known: it is damaged, "
+            "or of another version of the reference"
+        )
+
+
+def _step(stored: Tensors, folder: Path) -> int:
+    """Updates taken, of which the optimizer keeps a count for each parameter.
+
+    Raises:
+        CheckpointError: the counts do not agree, or are none.
+    """
+    state_file, step = folder / _STATE_FILE, _step_of(folder)
+    counts = {_count(name, tensor, folder) for name, tensor in _states(stored, _STEP).items()}
+    if state_file.is_file():
+        counts.add(_saved_step(state_file, step))
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"{folder}: the optimizer's states and {_STATE_FILE} count different steps, "
+            f"{', '.join(map(str, sorted(counts)))}: the files are of several checkpoints"
+        )
+    return counts.pop() if counts else step
+
+
+def _count(name: str, tensor: LazyTensor, folder: Path) -> int:
+    count = tensor.read().item() if math.prod(tensor.shape) == 1 else None
+    if count is None or not 0 <= count < 2**63 or count != int(count):
+        raise CheckpointError(f"{folder}: {_OPTIMIZER}{name}.{_STEP} is no number of steps")
+    return int(count)
+
+
+def _saved_step(path: Path, expected: int) -> int:
+    """The position that a file says, which must be its folder's."""
+    step = read_json(path, CheckpointError).get("step", expected)
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise CheckpointError(
+            f"{path}: step is {step!r:.80}, and must be a whole number, 0 or more"
+        )
+    if expected and step != expected:
+        raise CheckpointError(
+            f"{path}: says step {step}, and its folder is named after step {expected}. Give the "
+            "folder its own name, or copy the checkpoint again"
+        )
+    return step
 
 
 def _step_of(folder: Path) -> int:
@@ -257,16 +345,6 @@ def _notes(config: Config, stored: Tensors) -> tuple[str, ...]:
     if config.data.tokenizer_type is None:
         notes.append("the tokenizer is not part of the checkpoint: give --tokenizer-model to train")
     return tuple(notes)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return found
 
 
 def write_lingua(state: SavedState, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -19,15 +19,17 @@ from megatron_memory.config.checks_parallel import parallel_problems
 from megatron_memory.config.pools import with_share_groups
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.dcp_files import StoredTensors, write_dcp
-from megatron_memory.conversion.folders import copy_tokenizer
 from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.conversion.own_tokenizer import count_ids
 from megatron_memory.conversion.saved_state import SavedState, Tensors
+from megatron_memory.conversion.tokenizer_files import copy_tokenizer
 from megatron_memory.data.tokenizers import padded_vocab_size
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.checksums import MARK, NO_SUMS, check_sums, write_sums
+from megatron_memory.training.checkpoint.generation import GENERATION, GenerationSettings
 from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.loader import locate, read_common
 from megatron_memory.training.checkpoint.state import USAGE_SINCE
@@ -35,7 +37,8 @@ from megatron_memory.training.checkpoint.state import USAGE_SINCE
 _STATE = re.compile(r"optimizer\.state\.(\w+?)\.(.+)")
 _MAIN_WEIGHTS = ("param", "fp32_param")
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-_TOKENIZER = "tokenizer"
+TOKENIZER = "tokenizer"
+"""The folder of a converted checkpoint's tokenizer, beside its iteration's."""
 # Settings of a training: a checkpoint that no training wrote leaves them to the user.
 _OF_TRAINING = ("optimizer", "training")
 
@@ -94,8 +97,21 @@ def read_megatron(load: Path, *, with_sums: bool = True) -> SavedState:
         consumed_samples=common.get("consumed_samples", 0),
         common=common,
         tokenizer=_tokenizer(config),
+        generation=GenerationSettings.of_common(common, folder),
         notes=notes,
     )
+
+
+def read_generation_back(save: Path) -> GenerationSettings | None:
+    """The generation settings that `write_megatron` wrote.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    folder = locate(save)
+    if folder is None:
+        raise CheckpointError(f"{save}: holds no checkpoint")
+    return GenerationSettings.of_common(read_common(folder), folder)
 
 
 def _by_kind(stored: Tensors, vocab_size: int) -> tuple[Tensors, Tensors, dict[str, Tensors]]:
@@ -124,7 +140,7 @@ def _tokenizer(config: Config) -> Path | None:
 
 def write_megatron(
     state: SavedState, folder: Path, save: Path, layout: Layout, dtype: torch.dtype | None = None
-) -> None:
+) -> list[str]:
     """Write a directory that `--load` takes.
 
     Args:
@@ -135,15 +151,21 @@ def write_megatron(
         dtype: of the weights, float32 or bfloat16; None: as they are. With bfloat16 and an
             optimizer, the exact weights become its fp32 main weights.
 
+    Returns:
+        what to tell the user.
+
     Raises:
         ConfigurationError: the model cannot be laid out so.
         CheckpointError, OSError: a tensor cannot be read, or the folder not be written.
     """
+    ids = count_ids(state)
     config = _config_for(state, save, layout, dtype)
+    if config.data.vocab_size is not None and ids > state.vocab_size:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=ids))
     any_run, ranks = _with_divisible_batch(config, layout), _num_ranks(layout)
     raise_problems([*memory_problems(any_run), *parallel_problems(any_run, ranks)])
     iteration = folders.begin(folder, state.iteration)
-    write_dcp(iteration, _tensors(state, config, dtype))
+    write_dcp(iteration, _tensors(state, max(ids, state.vocab_size), config, dtype))
     torch.save(_common(state, layout), iteration / "common.pt")
     format_name = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     format_name |= {"common_backend": "torch", "common_backend_version": 1}
@@ -151,10 +173,16 @@ def write_megatron(
     save_config(config, iteration / folders.CONFIG_FILE)
     write_sums(iteration, CheckpointConfig().checksums)
     if state.tokenizer is not None:
-        copy_tokenizer(state.tokenizer, folder / _TOKENIZER)
+        copy_tokenizer(state.tokenizer, folder / TOKENIZER)
     omit = () if state.iteration else _OF_TRAINING
     save_config(config, folder / folders.CONFIG_FILE, omit=omit)
     folders.publish(folder, state.iteration)
+    if ids <= state.vocab_size:
+        return []
+    return [
+        f"the tokenizer has ids up to {ids - 1}, and the model rows for {state.vocab_size} tokens: "
+        "rows of zeros stand for the others. Train them before you use them"
+    ]
 
 
 def _with_divisible_batch(config: Config, layout: Layout) -> Config:
@@ -174,7 +202,7 @@ def _config_for(state: SavedState, save: Path, layout: Layout, dtype: torch.dtyp
     data = config.data
     if state.tokenizer is not None:
         # So that the model can be used from any directory.
-        place = save.absolute() / _TOKENIZER
+        place = save.absolute() / TOKENIZER
         if state.tokenizer.is_file():
             place /= state.tokenizer.name
         data = replace(
@@ -205,9 +233,11 @@ def _dtype_of(state: SavedState, dtype: torch.dtype | None) -> torch.dtype:
     return dtype or state.weights["embedding.word_embeddings.weight"].dtype
 
 
-def _tensors(state: SavedState, config: Config, dtype: torch.dtype | None) -> Tensors:
+def _tensors(
+    state: SavedState, num_tokens: int, config: Config, dtype: torch.dtype | None
+) -> Tensors:
     padded = padded_vocab_size(
-        state.vocab_size,
+        num_tokens,
         config.data.make_vocab_size_divisible_by,
         config.parallel.tensor_model_parallel_size,
     )
@@ -234,6 +264,8 @@ def _common(state: SavedState, layout: Layout) -> dict:
             common.pop(name, None)
     if not state.usage:
         common.pop(USAGE_SINCE, None)
+    if state.generation is not None:
+        common[GENERATION] = state.generation.as_common()
     if state.moments and "optimizer" not in common:
         common["optimizer_step"] = state.iteration
     return common | {

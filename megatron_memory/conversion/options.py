@@ -72,7 +72,8 @@ class Checking:
 
     verify: bool | None = None
     """Read the result back and compare every bit, then run both models on fixed tokens and compare
-    their logits in fp32. Without the flag: for models of up to 1,000,000,000 parameters."""
+    their logits in fp32. Without the flag: for models of up to 1,000,000,000 parameters; tokenizer
+    and generation settings are compared for larger ones, too."""
     tolerance: float = option(1e-4, at_least=0)
     """Largest difference of logits allowed, as a part of the largest logit (at least 1)."""
 

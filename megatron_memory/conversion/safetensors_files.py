@@ -14,6 +14,9 @@ from torch import Tensor
 from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.reading.documents import read_json
+from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.torch_files import load_torch_file
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -51,10 +54,10 @@ def read_weight_files(folder: Path) -> Tensors:
 
 def _of_index(folder: Path, index: Path, read: Callable[[Path], Tensors]) -> Tensors:
     try:
-        placed = json.loads(index.read_text("utf-8"))["weight_map"]
+        placed = read_json(index, CheckpointError)["weight_map"]
         names = {str(name): str(file) for name, file in placed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is damaged: {error!r}") from error
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged: it has no weight_map of names") from error
     tensors: Tensors = {}
     for file in sorted(set(names.values())):
         if Path(file).name != file:
@@ -108,11 +111,14 @@ def read_pickled(path: Path) -> Tensors:
         CheckpointError: it is damaged, or holds code.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: from_memory(tensor) for name, tensor in loaded.items()}
-    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
-    except Exception as error:
+        loaded = load_torch_file(path, mmap=True)
+    except (UnsafeFile, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read, or holds code: {error}") from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+    ):
+        raise CheckpointError(f"{path}: holds something else than tensors by name")
+    return {name: from_memory(tensor) for name, tensor in loaded.items()}
 
 
 def write_weight_files(folder: Path, tensors: Tensors, max_shard_bytes: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_memory.conversion.evaluate import hf_logits, megatron_logits, state_logits
 from megatron_memory.conversion.hf import read_hf_back
-from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.conversion.hf_stored import same_bits
 from megatron_memory.conversion.lingua import read_lingua_back
 from megatron_memory.conversion.megatron import read_megatron
 from megatron_memory.conversion.options import Format
@@ -49,7 +49,7 @@ def check_twins(state: SavedState) -> None:
         CheckpointError: names a tensor that is not.
     """
     for name, one, another in state.twins:
-        if not _equal(one, another):
+        if not same_bits(one, another):
             raise CheckpointError(
                 f"{name} is a copy of a shared table, and is not equal to it: the checkpoint is "
                 "damaged, or its layers do not share the table"
@@ -90,27 +90,13 @@ def check_read_back(state: SavedState, target: Format, save: Path, dtype: torch.
 
 def _compare(what: str, expected: Tensors, found: Tensors) -> int:
     differing = sorted(expected.keys() ^ found.keys())
-    differing += [n for n in expected.keys() & found.keys() if not _equal(expected[n], found[n])]
+    differing += [n for n in expected.keys() & found.keys() if not same_bits(expected[n], found[n])]
     if differing:
         more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
         raise CheckpointError(
             f"--verify: {what} that are not what was converted: {', '.join(differing[:8])}{more}"
         )
     return len(expected)
-
-
-def _equal(one: LazyTensor, another: LazyTensor) -> bool:
-    if (one.shape, one.dtype) != (another.shape, another.dtype):
-        return False
-    return all(
-        torch.equal(_bits(one.read_rows(begin, end)), _bits(another.read_rows(begin, end)))
-        for begin, end in one.blocks()
-    )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    # Not as numbers: NaN is unequal to itself, and 0 equal to -0.
-    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def compare_logits(

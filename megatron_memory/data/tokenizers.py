@@ -6,6 +6,7 @@ megatron-core takes seconds to import, which only `build_tokenizer` does.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_memory.exceptions import ConfigurationError, DataError
@@ -176,19 +177,40 @@ def padded_vocab_size(
     return -(-vocab_size // multiple) * multiple
 
 
+def num_ids(tokenizer: MegatronTokenizerBase) -> int:
+    """Ids that a tokenizer may give: its largest and one, which is more than it has entries where
+    there are holes between them."""
+    if tokenizer.library == "huggingface":
+        return num_ids_of(tokenizer._tokenizer.tokenizer.get_vocab())
+    return int(tokenizer.vocab_size)
+
+
+def num_ids_of(vocabulary: Mapping[str, int]) -> int:
+    """The largest id of a vocabulary and one."""
+    return max(vocabulary.values(), default=-1) + 1
+
+
+def ids_without_token(tokenizer: MegatronTokenizerBase) -> list[int]:
+    """Holes between a tokenizer's ids: no text gives them, and they have none."""
+    if tokenizer.library != "huggingface":
+        return []
+    ids = set(tokenizer._tokenizer.tokenizer.get_vocab().values())
+    return sorted(set(range(max(ids, default=-1))) - ids)
+
+
 def check_vocab_size(tokenizer: MegatronTokenizerBase, vocab_size: int | None) -> int:
-    """Entries before padding: `vocab_size` where the run gives one, else the tokenizer's.
+    """Rows before padding: `vocab_size` where the run gives one, else the tokenizer's ids.
 
     Raises:
-        ConfigurationError: the tokenizer has more entries than `vocab_size`.
+        ConfigurationError: the tokenizer has ids beyond `vocab_size`.
     """
-    num_entries = int(tokenizer.vocab_size)
+    ids = num_ids(tokenizer)
     # A NullTokenizer's --vocab-size does not count the end of a document, as in Megatron-LM.
-    if vocab_size is None or (tokenizer.library == "null" and num_entries == vocab_size + 1):
-        return num_entries
-    if num_entries > vocab_size:
+    if vocab_size is None or (tokenizer.library == "null" and ids == vocab_size + 1):
+        return ids
+    if ids > vocab_size:
         raise ConfigurationError(
-            f"--vocab-size {vocab_size}: the tokenizer {tokenizer.path} has {num_entries} entries. "
-            f"Raise --vocab-size to at least {num_entries}, or leave the flag out"
+            f"--vocab-size {vocab_size}: the tokenizer {tokenizer.path} has ids up to {ids - 1}. "
+            f"Raise --vocab-size to at least {ids}, or omit the flag"
         )
     return vocab_size

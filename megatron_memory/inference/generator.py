@@ -6,7 +6,12 @@ from collections.abc import Sequence
 import torch
 from megatron.core.transformer.module import Float16Module
 
-from megatron_memory.data.tokenizers import check_vocab_size, padded_vocab_size
+from megatron_memory.data.tokenizers import (
+    check_vocab_size,
+    ids_without_token,
+    num_ids,
+    padded_vocab_size,
+)
 from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.inference.engine import InferenceEngine
 from megatron_memory.inference.options import ModelSource, Sampling
@@ -80,6 +85,8 @@ class Generator:
         self.notes: list[str] = []
         """What is to be said of the checkpoint."""
         load_weights([model], config, vocab_size, saved.folder, self.notes.append)
+        self.num_tokens = min(vocab_size, num_ids(self.tokenizer), saved.vocab_size or vocab_size)
+        """Tokens that a prompt may have, and that may be chosen."""
         if config.precision.bf16:
             model = Float16Module(model.config, model)
         self.model = model.eval().requires_grad_(False)
@@ -88,10 +95,16 @@ class Generator:
         self.end_of_document = None if eod is None or eod < 0 else int(eod)
         self._engine = InferenceEngine(
             self.model,
-            vocab_size=int(self.tokenizer.vocab_size),
+            vocab_size=self.num_tokens,
             padded_vocab_size=padded,
-            end_of_document=self.end_of_document,
+            stop_tokens=self._stop_tokens(saved.stop_tokens),
+            never_chosen=ids_without_token(self.tokenizer),
         )
+
+    def _stop_tokens(self, more: Sequence[int]) -> tuple[int, ...]:
+        """The end of document first, for the engine writes it where several end a text."""
+        end = () if self.end_of_document is None else (self.end_of_document,)
+        return (*end, *(token for token in more if token not in end))
 
     def generate(
         self,
@@ -131,9 +144,9 @@ class Generator:
         ]
 
     def _check_sampling(self, sampling: Sampling) -> None:
-        if sampling.top_k > self.tokenizer.vocab_size:
+        if sampling.top_k > self.num_tokens:
             raise ConfigurationError(
-                f"--top-k {sampling.top_k} exceeds the vocabulary's {self.tokenizer.vocab_size} "
+                f"--top-k {sampling.top_k} exceeds the vocabulary's {self.num_tokens} "
                 "tokens: lower it, or give 0 to choose among all."
             )
 
@@ -159,10 +172,10 @@ class Generator:
             ) from error
         if not tokens:
             raise ConfigurationError(f"{shown} has no tokens: give at least one to continue.")
-        if not 0 <= min(tokens) <= max(tokens) < self.tokenizer.vocab_size:
+        if not 0 <= min(tokens) <= max(tokens) < self.num_tokens:
             raise ConfigurationError(
                 f"{shown}: its tokens run from {min(tokens)} to {max(tokens)}, and the vocabulary "
-                f"from 0 to {self.tokenizer.vocab_size - 1}. Use the training's tokenizer."
+                f"from 0 to {self.num_tokens - 1}. Use the training's tokenizer."
             )
         return tokens
 

@@ -19,6 +19,7 @@ from megatron_memory.optional import is_installed
 from megatron_memory.runtime import Backend
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
+from megatron_memory.training.checkpoint.generation import GenerationSettings
 from megatron_memory.training.checkpoint.loader import check_small_files, locate, read_common
 
 
@@ -30,6 +31,11 @@ class SavedModel:
     """Of the checkpoint."""
     config: Config
     """The training's, on the processes and the device of this run."""
+    vocab_size: int | None = None
+    """Tokens that the model has rows for, without padding; None where the checkpoint does not say
+    it."""
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end a text besides the tokenizer's end of document, as its settings say."""
 
 
 def find_saved_model(source: ModelSource, backend: Backend, world_size: int) -> SavedModel:
@@ -42,7 +48,8 @@ def find_saved_model(source: ModelSource, backend: Backend, world_size: int) -> 
     """
     folder = _folder(source)
     # The tensors' are compared when they are loaded.
-    check_small_files(folder, read_common(folder))
+    common = read_common(folder)
+    check_small_files(folder, common)
     saved = saved_config(folder)
     if saved is None:
         raise CheckpointError(
@@ -61,7 +68,13 @@ def find_saved_model(source: ModelSource, backend: Backend, world_size: int) -> 
     check_layers_available(
         config, is_cuda=backend.is_cuda, has_transformer_engine=is_installed("te")
     )
-    return SavedModel(folder=folder, config=config)
+    generation = GenerationSettings.of_common(common, folder)
+    return SavedModel(
+        folder=folder,
+        config=config,
+        vocab_size=common.get("vocab_size"),
+        stop_tokens=() if generation is None else generation.stop_tokens(),
+    )
 
 
 def _folder(source: ModelSource) -> Path:

@@ -1,6 +1,5 @@
 """Tensors by the names of a checkpoint's files, also where some are missing or damaged."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +9,10 @@ from megatron_memory.conversion.options import Format
 from megatron_memory.conversion.safetensors_files import read_pickled, read_safetensors
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import (
-    METADATA_FILE,
-    read_metadata,
-    stored_lengths,
-)
+from megatron_memory.reading.documents import read_json
+from megatron_memory.training.checkpoint.integrity import stored_lengths
 from megatron_memory.training.checkpoint.loader import locate
+from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE, read_metadata
 
 
 def folder_of(load: Path, format_name: Format) -> Path:
@@ -86,9 +83,12 @@ def _read_hf(folder: Path) -> tuple[Tensors, list[str]]:
 
 def _unlike_index(index: Path, tensors: Tensors) -> Iterator[str]:
     try:
-        placed = dict(json.loads(index.read_text("utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        yield f"{index} is damaged: {error!r}"
+        placed = dict(read_json(index, CheckpointError)["weight_map"])
+    except CheckpointError as error:
+        yield str(error)
+        return
+    except (KeyError, TypeError, ValueError):
+        yield f"{index} is damaged: it has no weight_map of names"
         return
     lost = {str(file) for file in placed.values() if not (index.parent / str(file)).is_file()}
     for file in sorted(lost):

@@ -7,7 +7,7 @@ from megatron_memory.conversion.lingua import CONSOLIDATED, PARAMS
 from megatron_memory.conversion.options import Format
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.folders import TRACKER, saved_iterations
-from megatron_memory.training.checkpoint.integrity import METADATA_FILE
+from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE
 
 _LINGUA_ITERATION = re.compile(r"\d{10}")
 _HF_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")

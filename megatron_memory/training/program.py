@@ -6,6 +6,7 @@ import torch
 
 from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
+from megatron_memory.data.tokenizer_hash import TOKENIZER_HASH, hash_of
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
 from megatron_memory.planning.copies import copies_notes
 from megatron_memory.planning.fit import check_parameters_fit
@@ -18,6 +19,7 @@ from megatron_memory.training.checkpoint.changes import (
     check_optimizer_kind,
     setting_changes,
 )
+from megatron_memory.training.checkpoint.generation import carried
 from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
 from megatron_memory.training.checkpoint.save_folder import (
@@ -29,6 +31,8 @@ from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.shared import check_save_is_shared
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.progress import Console
+from megatron_memory.training.ranks.watch import RankWatch
+from megatron_memory.training.rewinding import Rewinder
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
 from megatron_memory.training.trainer import EVALUATION_IS_DUE, OnStep, Trainer
@@ -66,13 +70,16 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     )
     if config.checkpoint.save is not None:
         check_save_is_shared(Path(config.checkpoint.save))
-    with only_writer(config.checkpoint, console.say) as lease:
+    with (
+        RankWatch(config.parallel.rank_timeout, Path(config.checkpoint.save or ".")) as watch,
+        only_writer(config.checkpoint, console.say) as lease,
+    ):
         trainer = _build_trainer(
-            config, backend, console, tokenizer, (vocab_size, padded), lease, on_step
+            config, backend, console, tokenizer, (vocab_size, padded), lease, on_step, watch
         )
         exit_code = trainer.run()
-    # torchrun ends all ranks as soon as one of them has ended with another code than 0.
-    torch.distributed.barrier()
+        # torchrun ends all ranks as soon as one of them has ended with another code than 0.
+        torch.distributed.barrier()
     return exit_code
 
 
@@ -84,6 +91,7 @@ def _build_trainer(
     vocab_sizes: tuple[int, int],
     lease: Lease | None,
     on_step: OnStep | None,
+    watch: RankWatch,
 ) -> Trainer:
     """`vocab_sizes`: before and after padding."""
     vocab_size, padded = vocab_sizes
@@ -106,7 +114,13 @@ def _build_trainer(
     if found is not None:
         load_checkpoint(setup, found, console.say)
     clear_save(config.checkpoint, loaded, console.say)
-    saver = None if config.checkpoint.save is None else CheckpointSaver(setup, vocab_size, lease)
+    saver, rewind = None, None
+    if config.checkpoint.save is not None:
+        kept = {} if found is None else carried(found.common)
+        kept[TOKENIZER_HASH] = hash_of(tokenizer)
+        saver = CheckpointSaver(setup, vocab_size, lease, console.say, kept)
+        start = None if config.checkpoint.finetune else found
+        rewind = Rewinder(setup, saver, start, vocab_size, console.say)
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()
@@ -117,7 +131,9 @@ def _build_trainer(
         saver=saver,
         signals=signals,
         console=console,
+        watch=watch,
         padded_vocab_size=padded,
+        rewind=rewind,
         on_step=on_step,
         evaluation_is_due=found is not None
         and not config.checkpoint.finetune

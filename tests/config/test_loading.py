@@ -223,8 +223,8 @@ def test_wrong_values_on_the_command_line(arguments, message):
         ("on: 1", "True in {path} is not a setting's name: put it in quotes."),
         (
             "- seed",
-            "The configuration file {path} is not a list of settings: write one `key: value` on "
-            "each line.",
+            "The configuration file {path} (--config) cannot be read: it is not a list of "
+            "settings: write one `key: value` on each line.",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from megatron_memory.conversion.folders import output_folder
 from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import read_metadata
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.conversion.states import (
     assert_same_tensors,
     golden_checkpoint,

@@ -15,7 +15,8 @@ from megatron_memory.conversion.lazy import from_memory
 from megatron_memory.conversion.lingua import read_lingua
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.integrity import check_stored, read_metadata
+from megatron_memory.training.checkpoint.integrity import check_stored
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.conversion.states import golden_checkpoint, save_hf_model
 
 _SECONDS = 60

@@ -46,12 +46,14 @@ def _train(folder: Path, **options) -> Path:
     return folder / "spm.model"
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sentencepiece_gives_the_same_tokens_in_transformers(kind, tmp_path):
+def test_sentencepiece_gives_the_same_tokens_in_transformers(kind, model_type, tmp_path):
     file = _train(tmp_path, **KINDS[kind])
     folder = tmp_path / "out"
     folder.mkdir()
-    written = write_tokenizer(_state(file), folder)
+    written = write_tokenizer(_state(file), folder, model_type)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert written.is_there and written.note is None
     original = sentencepiece.SentencePieceProcessor(model_file=str(file))
     exported = AutoTokenizer.from_pretrained(folder)
@@ -67,20 +69,23 @@ def test_a_kind_that_transformers_would_tokenize_otherwise_is_not_written(tmp_pa
     file = _train(tmp_path, model_type="bpe", treat_whitespace_as_suffix=True)
     folder = tmp_path / "out"
     folder.mkdir()
-    written = write_tokenizer(_state(file), folder)
+    written = write_tokenizer(_state(file), folder, "llama")
     assert not written.is_there and "otherwise" in written.note
     assert not list(folder.iterdir())
 
 
 def test_others_are_named(tmp_path):
-    as_bytes = write_tokenizer(_state(None, "ByteLevelTokenizer"), tmp_path)
+    as_bytes = write_tokenizer(_state(None, "ByteLevelTokenizer"), tmp_path, "llama")
     assert as_bytes.special_tokens == {"bos_token_id": 256, "eos_token_id": 257}
     assert "bytes" in as_bytes.note
-    assert "--tokenizer-model" in write_tokenizer(_state(None), tmp_path).note
+    assert "--tokenizer-model" in write_tokenizer(_state(None), tmp_path, "llama").note
     vocabulary = tmp_path / "tiktoken.json"
     vocabulary.write_text("[]")
-    assert "tiktoken.json" in write_tokenizer(_state(vocabulary, "TikTokenizer"), tmp_path).note
-    copied = write_tokenizer(_state(TOKENIZER, "HuggingFaceTokenizer"), tmp_path)
+    assert (
+        "tiktoken.json"
+        in write_tokenizer(_state(vocabulary, "TikTokenizer"), tmp_path, "llama").note
+    )
+    copied = write_tokenizer(_state(TOKENIZER, "HuggingFaceTokenizer"), tmp_path, "llama")
     assert copied.is_there and copied.special_tokens == {"bos_token_id": 0, "eos_token_id": 0}
     assert set(AutoTokenizer.from_pretrained(tmp_path)("a b")) == {"input_ids", "attention_mask"}
     # By itself, for transformers 4 has another default.
@@ -93,4 +98,4 @@ def test_others_are_named(tmp_path):
 def test_a_damaged_one_is_refused(tmp_path):
     (tmp_path / "spm.model").write_bytes(b"\x00\xff" * 40)
     with pytest.raises(CheckpointError, match="no SentencePiece model"):
-        write_tokenizer(_state(tmp_path / "spm.model"), tmp_path)
+        write_tokenizer(_state(tmp_path / "spm.model"), tmp_path, "llama")

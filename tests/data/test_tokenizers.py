@@ -2,14 +2,19 @@
 
 import base64
 import json
+import shutil
 
 import pytest
 import sentencepiece
 
+from megatron_memory.data.preprocess.options import PreprocessOptions
+from megatron_memory.data.preprocess.tokenizer import load_text_tokenizer
 from megatron_memory.data.tokenizers import (
     build_tokenizer,
     check_vocab_size,
     end_of_document,
+    ids_without_token,
+    num_ids,
     padded_vocab_size,
 )
 from megatron_memory.exceptions import ConfigurationError, DataError
@@ -112,9 +117,34 @@ def test_the_tokenizer_must_fit_the_vocabulary():
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(GOLDEN / "tokenizer"))
     assert check_vocab_size(tokenizer, None) == 4096
     assert check_vocab_size(tokenizer, 5000) == 5000
-    message = "--vocab-size 4095: the tokenizer .* has 4096 entries.*at least 4096"
+    message = "--vocab-size 4095: the tokenizer .* has ids up to 4095.*at least 4096"
     with pytest.raises(ConfigurationError, match=message):
         check_vocab_size(tokenizer, 4095)
+
+
+def test_ids_with_holes_count_to_the_largest(tmp_path):
+    """A run, preprocessing's type of ids and its check all go by the largest id, not the number."""
+    shutil.copytree(GOLDEN / "tokenizer", tmp_path / "holes")
+    path = tmp_path / "holes" / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    vocabulary = definition["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 70000
+    path.write_text(json.dumps(definition))
+    folder = str(tmp_path / "holes")
+
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", folder)
+    assert tokenizer.vocab_size == 4096
+    assert num_ids(tokenizer) == check_vocab_size(tokenizer, None) == 70001
+    assert ids_without_token(tokenizer) == list(range(4095, 70000))
+    with pytest.raises(ConfigurationError, match="ids up to 70000.*at least 70001"):
+        check_vocab_size(tokenizer, 70000)
+    options = PreprocessOptions(
+        input=("-",),
+        output_prefix="out",
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=folder,
+    )
+    assert load_text_tokenizer(options).vocab_size == 70001
 
 
 @pytest.mark.parametrize(

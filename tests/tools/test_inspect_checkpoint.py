@@ -11,7 +11,7 @@ import torch
 
 from megatron_memory.conversion.dcp_files import StoredTensors
 from megatron_memory.conversion.saved_state import SavedState
-from megatron_memory.training.checkpoint.integrity import read_metadata
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.inspection.saved import VOCAB_SIZE, changed, save, tiny_state
 from tests.tiny import one_rank  # noqa: F401
 from tools import inspect_checkpoint

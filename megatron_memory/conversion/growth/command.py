@@ -98,6 +98,8 @@ def run_grow(command: Grow, notify: Notify) -> None:
                     seed=seed,
                 ),
             )
+            if state.usage:
+                notify("note: the counts of slots read begin anew, for the slots are others")
             _tell_top_k(grown, notify)
         after = _write(grown, command.checkpoints, folder, notify)
         change = _measure(state, after, command.checking, notify)
@@ -135,6 +137,8 @@ def _read(checkpoints: Checkpoints, notify: Notify) -> SavedState:
     for note in state.notes:
         notify(f"note: {note}")
     if checkpoints.weights_only:
+        if state.usage:
+            notify("note: --weights-only leaves the counts of slots read out, too")
         state = state.without_optimizer()
     memory = dataclasses.replace(state.config.memory, parallel_size=1)
     config = dataclasses.replace(state.config, memory=memory, parallel=ParallelConfig())
@@ -150,7 +154,9 @@ def _seed(state: SavedState, initial: Initial, notify: Notify) -> int:
 def _write(state: SavedState, checkpoints: Checkpoints, folder: Path, notify: Notify) -> SavedState:
     """What was written, read back."""
     with shown(state, "writing") as counted:
-        write_megatron(counted, folder, Path(checkpoints.save), Layout())
+        notes = write_megatron(counted, folder, Path(checkpoints.save), Layout())
+    for note in notes:
+        notify(f"note: {note}")
     kept = "with the optimizer's state" if state.moments else "without an optimizer's state"
     notify(
         f"{checkpoints.save}: {len(state.weights)} tensors, {_num_parameters(state):,} parameters, "

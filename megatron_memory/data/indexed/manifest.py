@@ -1,9 +1,10 @@
 """The manifest beside a `.bin`/`.idx` pair: where its tokens come from."""
 
-import json
 from typing import Any
 
 from megatron_memory.exceptions import DataError
+from megatron_memory.reading.documents import LARGEST_JSON, parse_json, read_bounded
+from megatron_memory.reading.pickles import UnsafeFile
 
 FORMAT = 1
 
@@ -21,11 +22,10 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     """
     path = manifest_path(prefix)
     try:
-        with open(path, encoding="utf-8") as stream:
-            manifest = json.load(stream)
+        manifest = parse_json(read_bounded(path, LARGEST_JSON))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnsafeFile) as error:
         raise DataError(
             f"{path}: the manifest cannot be read ({error}). Remove it, or preprocess again"
         ) from error

@@ -17,6 +17,8 @@ from megatron_memory.data.tokenizers import (
     build_tokenizer,
     check_tokenizer_flags,
     end_of_document,
+    num_ids,
+    num_ids_of,
 )
 from megatron_memory.exceptions import DataError
 
@@ -139,18 +141,18 @@ def _from_definition(definition: str, named: dict[str, str]) -> TextTokenizer:
     def encode(texts: list[str]) -> list[list[int]]:
         return [found.ids for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     eod = None if end is None else tokenizer.token_to_id(end)
     return TextTokenizer(
         encode=encode,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        vocab_size=vocab_size,
+        vocab_size=num_ids_of(vocabulary),
         eod=eod,
         hash=tokenizer_hash(
             lambda text: encode([text])[0],
-            vocab_size=vocab_size,
+            vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
             eod=eod,
-            vocabulary=tokenizer.get_vocab(with_added_tokens=True),
+            vocabulary=vocabulary,
         ),
         definition=tokenizer.to_str(),
     )
@@ -176,7 +178,7 @@ def _load_with_transformers(options: TokenizerOptions) -> TextTokenizer:
     return TextTokenizer(
         encode=_transformers_encoder(tokenizer, adds_special_tokens),
         decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-        vocab_size=len(tokenizer),
+        vocab_size=num_ids_of(tokenizer.get_vocab()),
         eod=eod,
         hash=tokenizer_hash(
             lambda text: tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)),
@@ -252,7 +254,7 @@ def _load_with_megatron(options: TokenizerOptions) -> TextTokenizer:
     return TextTokenizer(
         encode=lambda texts: [list(tokenizer.tokenize(text)) for text in texts],
         decode=tokenizer.detokenize,
-        vocab_size=int(tokenizer.vocab_size),
+        vocab_size=num_ids(tokenizer),
         eod=eod,
         hash=hash_of(tokenizer),
         definition=None,

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_memory.config import Config
 from megatron_memory.config.pools import memory_layers
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.memory.usage import usage_key
+from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.torch_files import load_torch_file
 from megatron_memory.runtime.distributed import seed_everything
 from megatron_memory.training.checkpoint import folders, rng_state, state
 from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_on_all
@@ -28,6 +30,8 @@ from megatron_memory.training.checkpoint.optimizer_kinds import (
     fit_groups,
     read_saved_main_weights,
 )
+from megatron_memory.training.checkpoint.plain_values import check_plain_values
+from megatron_memory.training.checkpoint.reader import load_state
 from megatron_memory.training.checkpoint.schedule import load_optimizer, load_schedule
 from megatron_memory.training.checkpoint.shared import check_load_is_alike
 from megatron_memory.training.checkpoint.state import Position
@@ -44,6 +48,8 @@ class Found:
     """A checkpoint that is whole and holds this run's model."""
 
     folder: Path
+    metadata: Metadata
+    """Its list of tensors."""
     shapes: dict[str, tuple[int, ...]]
     """Global shapes of its tensors."""
     objects: frozenset[str]
@@ -101,15 +107,40 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         ) from error
     saved = saved_config(folder)
     notes = [] if saved is None else check_same_architecture(folder, saved, config)
-    if common.get("vocab_size", vocab_size) != vocab_size:
-        raise CheckpointError(
-            f"{folder} was trained with {common['vocab_size']} tokens, and the tokenizer of this "
-            f"run (or --vocab-size) has {vocab_size}. Use the tokenizer it was trained with"
-        )
     shapes = tensor_shapes(metadata)
+    notes += _vocabulary_notes(folder, common.get("vocab_size", vocab_size), vocab_size, shapes)
     objects = frozenset(metadata.state_dict_metadata.keys() - shapes.keys())
     return Found(
-        folder=folder, shapes=shapes, objects=objects, common=common, notes=notes, saved=saved
+        folder=folder,
+        metadata=metadata,
+        shapes=shapes,
+        objects=objects,
+        common=common,
+        notes=notes,
+        saved=saved,
+    )
+
+
+def _vocabulary_notes(
+    folder: Path, saved: int, ours: int, shapes: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """That every id of this run has a row in the checkpoint: among its tokens, or its padding.
+
+    Raises:
+        CheckpointError: there are too few, or the run has fewer tokens than the checkpoint.
+    """
+    if saved == ours:
+        return []
+    rows = shapes.get("embedding.word_embeddings.weight", (saved,))[0]
+    if saved < ours <= rows:
+        return [
+            f"--vocab-size {saved} there, {ours} here: ids {saved} to {ours - 1} take rows of the "
+            "vocabulary's padding, which no token has trained"
+        ]
+    raise CheckpointError(
+        f"{folder} was trained with {saved} tokens, and the tokenizer of this run (or "
+        f"--vocab-size) has {ours}, with {rows} rows to take them from. Use the tokenizer it was "
+        f"trained with, or give --vocab-size: {saved} to {rows}"
     )
 
 
@@ -117,13 +148,15 @@ def read_common(folder: Path) -> dict[str, Any]:
     """A checkpoint's plain values.
 
     Raises:
-        CheckpointError: they are damaged, or hold code.
+        CheckpointError: they are damaged, hold code, or contradict the folder's name.
     """
+    path = folder / "common.pt"
     try:
-        return torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
-    # torch raises RuntimeError, UnpicklingError, EOFError and others on a damaged file.
-    except Exception as error:
-        raise CheckpointError(f"{folder / 'common.pt'} is damaged: {error}") from error
+        common = load_torch_file(path)
+        check_plain_values(common, folders.iteration_of(folder))
+    except (UnsafeFile, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return common
 
 
 def _loadable_instead(root: Path) -> str:
@@ -351,11 +384,19 @@ def _read_tensors(wanted: state.StateDict, found: Found) -> state.StateDict:
         # megatron-core 0.16 calls torch.distributed.checkpoint by an older name.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            loaded = dist_checkpointing.load(wanted, str(found.folder))
-        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+            loaded = load_state(wanted, found.folder, found.metadata, found.common)
+        except CheckpointException as error:
+            problem = f"{found.folder} cannot be read: {_first_failure(error)}"
+        except (CheckpointingException, OSError, RuntimeError) as error:
             problem = f"{found.folder} cannot be read: {error}"
     raise_on_all(problem)
     return loaded
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """What went wrong, without the traces that torch adds."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause or type(cause).__name__}"
 
 
 def _mismatch(wanted: state.StateDict, found: Found) -> str | None:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_on_all
-from megatron_memory.training.checkpoint.integrity import METADATA_FILE, check_whole
+from megatron_memory.training.checkpoint.integrity import check_whole
+from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE
 
 _SECONDS_TO_APPEAR = 5
 """That a network file system may take to show a new file on another node."""

@@ -213,7 +213,8 @@ def test_checkpoint_of_another_program_gives_its_weights_only(trained, tmp_path:
     torch.save(
         {"iteration": 4, "args": {"lr": 1.0}, "optimizer": common["optimizer"]}, copy / "common.pt"
     )
-    (copy / "config.yaml").unlink()
+    for name in ("config.yaml", "integrity.json"):
+        (copy / name).unlink()
     config = _resume(trained, load=str(copy))
     with pytest.raises(AssertionError, match="written by another program.*--finetune"):
         _one(config)

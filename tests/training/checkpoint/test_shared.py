@@ -8,7 +8,7 @@ import pytest
 
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint import shared
-from megatron_memory.training.checkpoint.integrity import METADATA_FILE
+from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import change, run, tiny_config
 
