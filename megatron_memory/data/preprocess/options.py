@@ -47,9 +47,9 @@ class PreprocessOptions:
     on_error: Literal["stop", "skip"] = "stop"
     """A bad line stops the run (stop), or is left out, counted and reported (skip)."""
 
-    max_document_bytes: int = option(32 * 2**20, at_least=1)
-    """Longest line of JSON, or texts of a row, to read. A longer one is a bad line. A process needs
-    up to 40 times as much memory for a line that is made for it, and 12 times for text."""
+    max_document_bytes: int = option(16 * 2**20, at_least=1)
+    """Longest line of JSON, or texts of a row, to read; a longer one is a bad line. A process needs
+    up to 25 times as much memory for it, and without gigatoken up to 200 times."""
 
     resume: bool = False
     """Go on with the run that was interrupted with the same flags; without one, begin."""
