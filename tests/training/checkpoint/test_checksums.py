@@ -191,7 +191,16 @@ def _save_damage_and_load(config: Config, root: str) -> dict[str, list]:
     torch.distributed.barrier()
     (newest / SUMS_FILE).write_bytes(sums)
     torch.distributed.barrier()
-    runs([change(change(config, "training", train_iters=2), "checkpoint", checksums="none")])
+    runs(
+        [
+            change(
+                change(config, "training", train_iters=2),
+                "checkpoint",
+                checksums="none",
+                start_anew=True,
+            )
+        ]
+    )
     heard["old"] = _load(config, f"{root}/iter_0000002")
     return heard
 
