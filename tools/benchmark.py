@@ -1,12 +1,13 @@
 """Benchmarks that print ratios measured in one run.
 
     python tools/benchmark.py preprocess
+    python tools/benchmark.py checksums
     python tools/benchmark.py train-step
 
-The first is in benchmark_preprocess.py; its --help says what it does. The second
-compares the training step of a memory+ model with that of the dense model of the same shape:
-forward, backward and optimizer, on random tokens. Each round measures every model in a process of
-its own, one after the other, so that a machine that slows down slows all of them.
+The first two are in benchmark_preprocess.py and benchmark_checksums.py; their --help says what they
+do. The third compares the training step of a memory+ model with that of the dense model of the same
+shape: forward, backward and optimizer, on random tokens. Each round measures every model in a
+process of its own, one after the other, so that a machine that slows down slows all of them.
 """
 
 import argparse
@@ -76,6 +77,11 @@ def main() -> None:
         from tools import benchmark_preprocess
 
         sys.exit(benchmark_preprocess.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["checksums"]:
+        sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+        from tools import benchmark_checksums
+
+        sys.exit(benchmark_checksums.main(sys.argv[2:]))
     _compare_training_steps()
 
 
@@ -103,7 +109,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmark", choices=["train-step", "preprocess"], help="what to measure")
+    parser.add_argument(
+        "benchmark", choices=["train-step", "preprocess", "checksums"], help="what to measure"
+    )
     parser.add_argument("--shape", choices=SHAPES, help="default: 373m on a GPU, else quickstart")
     parser.add_argument("--num-half-keys", type=int, help="default: 1024 on a GPU, else 128")
     parser.add_argument("--seq-length", type=int, help="default: 2048 on a GPU, else 128")

@@ -263,6 +263,7 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
         "--async-save": checkpoint.async_save,
         "--no-save-optim": checkpoint.no_save_optim,
         "--no-save-rng": checkpoint.no_save_rng,
+        "--on-bad-step rewind": config.training.on_bad_step == "rewind",
     }
     need_load = {
         "--finetune": checkpoint.finetune,
@@ -272,6 +273,11 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
     }
     if checkpoint.save is None and not config.training.dry_run:
         yield from _without("--save", "the directory for checkpoints", need_save)
+    if config.training.on_bad_step == "rewind" and checkpoint.no_save_optim:
+        yield (
+            "--on-bad-step rewind loads what was saved, and --no-save-optim leaves the optimizer's "
+            "state out: give one of them."
+        )
     if checkpoint.load is None:
         yield from _without("--load", "the directory of a checkpoint", need_load)
 

@@ -241,11 +241,11 @@ _REFUSED = {
         muon_* lion_* dump_param_to_param_group_map""",
     "weight decay applies to matrices, or to everything by --apply-weight-decay-to-all": """
         apply_wd_to_qk_layernorm no_weight_decay_cond_type""",
-    "a loss or gradient that is not a number always stops the run": """
+    "losses and gradients are always checked: see --on-bad-step and --loss-spike-factor": """
         no_check_for_nan_in_loss_and_grad check_for_large_grads check_for_spiky_loss""",
     "tests for faulty hardware are not built": """
         result_rejected_tracker_filename rerun_mode error_injection_rate error_injection_type
-        check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval""",
+        gpu_sniff_test_interval""",
     "the memory's own operations are always deterministic; for the other layers use "
     "--transformer-impl local": "deterministic_mode",
     "the program trains, iteration after iteration; --dry-run only reports": """

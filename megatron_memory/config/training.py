@@ -1,6 +1,7 @@
 """The training loop."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_memory.config.option import option
 
@@ -29,5 +30,20 @@ class TrainingConfig:
     """Save and exit after an iteration divisible by this."""
     exit_duration_in_mins: int | None = option(None, at_least=1)
     """Save and exit after this many minutes."""
+    on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    """Where the loss or a gradient is not finite, no rank updates. stop: end the run; skip: leave
+    the step out and go on; rewind: load the newest checkpoint, and go on with the data behind the
+    bad step's."""
+    max_bad_steps: int = option(10, at_least=1)
+    """Stop where --on-bad-step skip leaves out more steps than this in a row, or rewind returns to
+    the same checkpoint more often."""
+    loss_spike_factor: float | None = option(None, above=1)
+    """Say and count losses above this many times the median of the last 100; while they last, no
+    checkpoint from before is deleted. None: do not look for them."""
+    check_replicas_interval: int | None = option(
+        1000, at_least=1, synonyms=("check_weight_hash_across_dp_replicas_interval",)
+    )
+    """Iterations between two comparisons of what several ranks have copies of: weights and
+    optimizer states, bit for bit. Every save compares them, too. None: only then."""
     dry_run: bool = False
     """Print parameters, placement, memory and FLOPs of this configuration, then exit."""

@@ -3,7 +3,6 @@
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
-    MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
     ParamPredicate,
@@ -12,24 +11,24 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_memory.config import Config, MemoryConfig
+from megatron_memory.optimizer.guarded import GuardedOptimizer
 from megatron_memory.optimizer.memory_optimizer import MemoryOptimizer
 
 
-def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Megatron's optimizer; for a model with memory, a `MemoryOptimizer`."""
+def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> GuardedOptimizer:
+    """Megatron's optimizer, guarded; for a model with memory, a `MemoryOptimizer`."""
     chain = get_megatron_optimizer(
         _optimizer_config(config), model, config_overrides=_overrides(config)
     )
-    if not config.memory.enabled:
-        return chain
     # Megatron gives parameters with `allreduce` False a chained optimizer of their own, the second.
-    if len(chain.chained_optimizers) == 1:  # the values are frozen
-        return chain
+    # Without one the values are frozen.
+    if not config.memory.enabled or len(chain.chained_optimizers) == 1:
+        return GuardedOptimizer(chain.chained_optimizers)
     dense, values = chain.chained_optimizers
     return MemoryOptimizer(dense, values, value_clip_grad=config.memory.value_clip_grad)
 
 
-def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_scheduler(config: Config, optimizer: GuardedOptimizer) -> OptimizerParamScheduler:
     """Megatron's schedule of learning rate and weight decay, counted in samples."""
     settings, batch = config.optimizer, config.training.global_batch_size
     wsd_iters = settings.lr_wsd_decay_iters

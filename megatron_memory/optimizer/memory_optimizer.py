@@ -3,15 +3,14 @@ the values."""
 
 from typing import Any
 
-import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_memory.optimizer.guarded import GuardedOptimizer, clip
 from megatron_memory.optimizer.sharded_values import sharded_value_states, without_tensors
 
 
-class MemoryOptimizer(ChainedOptimizer):
+class MemoryOptimizer(GuardedOptimizer):
     """Megatron's chain of the dense and the value optimizer, without a common gradient norm.
 
     Megatron clips a chain by the norm over all of it; the paper clips the values by theirs alone.
@@ -30,22 +29,11 @@ class MemoryOptimizer(ChainedOptimizer):
         self.value_grad_norm: float | None = None
         """Norm of the values' gradient in the last step, before clipping."""
 
-    @torch.no_grad()
-    def step(self) -> tuple[bool, float | None, int | None]:
-        """Clip and update both.
-
-        Returns:
-            whether the step was taken, the gradient norm of everything but the values, and the
-            zeros in all gradients (None unless they are counted).
-        """
-        if self.prepare_grads():
-            self.value_grad_norm = None
-            return False, None, None
+    def _clip_grads(self) -> list[float]:
         dense, values = self.chained_optimizers
-        grad_norm = _clip(dense, self.config.clip_grad)
-        self.value_grad_norm = _clip(values, self.value_clip_grad)
-        num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
-        return self.step_with_ready_grads(), grad_norm, num_zeros
+        grad_norm = clip(dense, self.config.clip_grad)
+        self.value_grad_norm = clip(values, self.value_clip_grad)
+        return [grad_norm, self.value_grad_norm]
 
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **kwargs
@@ -65,11 +53,3 @@ class MemoryOptimizer(ChainedOptimizer):
         if isinstance(self.chained_optimizers[1], DistributedOptimizer):
             state_dict = {**state_dict, 1: without_tensors(state_dict[1])}
         super().load_state_dict(state_dict)
-
-
-def _clip(optimizer: MegatronOptimizer, max_norm: float) -> float:
-    grad_norm = optimizer.get_grad_norm()
-    parameters = optimizer.get_parameters()
-    if max_norm > 0 and parameters:
-        clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
-    return grad_norm

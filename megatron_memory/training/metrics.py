@@ -17,7 +17,9 @@ class Report:
     last: StepResult
     """The interval's last step: gradient norms and learning rates."""
     num_skipped: int
-    """Steps whose gradients were not finite."""
+    """Steps whose loss or gradients were not finite: no rank updated its weights."""
+    num_spikes: int
+    """Steps whose loss was that of a spike."""
     seconds_per_iteration: float
     """Mean time of a step, reading its data included; evaluation and checkpoints apart."""
     tokens_per_second: float
@@ -43,6 +45,7 @@ class Report:
             "speed/tflops_per_device": self.tflops_per_device,
             "memory/peak_gib": self.memory_gib,
             "steps/skipped": self.num_skipped,
+            "steps/loss_spikes": self.num_spikes,
         }
         optional = {
             "gradient_norm/model": self.last.grad_norm,
@@ -63,9 +66,11 @@ class Interval:
     def __init__(self) -> None:
         self.results: list[StepResult] = []
         self.seconds = 0.0
+        self.num_spikes = 0
 
-    def add(self, result: StepResult, seconds: float) -> None:
-        """Count a step and the time it took."""
+    def add(self, result: StepResult, seconds: float, *, is_spike: bool = False) -> None:
+        """Count a step, the time it took, and whether its loss was that of a spike."""
+        self.num_spikes += is_spike
         self.results.append(result)
         self.seconds += seconds
 
@@ -76,12 +81,13 @@ class Interval:
 
     @property
     def loss(self) -> float:
-        """Mean over the tokens of all steps; NaN where there are none."""
-        num_tokens = sum(result.num_tokens for result in self.results)
-        total = sum(result.loss * result.num_tokens for result in self.results)
+        """Mean over the tokens of all steps that were taken; NaN where there are none."""
+        taken = [result for result in self.results if not result.skipped]
+        num_tokens = sum(result.num_tokens for result in taken)
+        total = sum(result.loss * result.num_tokens for result in taken)
         return total / num_tokens if num_tokens else float("nan")
 
     @property
     def num_skipped(self) -> int:
-        """Steps whose gradients were not finite."""
+        """Steps without an update."""
         return sum(result.skipped for result in self.results)

@@ -6,6 +6,7 @@ import torch
 
 from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
+from megatron_memory.data.tokenizer_hash import TOKENIZER_HASH, hash_of
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
 from megatron_memory.planning.copies import copies_notes
 from megatron_memory.planning.fit import check_parameters_fit
@@ -31,6 +32,7 @@ from megatron_memory.training.checkpoint.shared import check_save_is_shared
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.progress import Console
 from megatron_memory.training.ranks.watch import RankWatch
+from megatron_memory.training.rewinding import Rewinder
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
 from megatron_memory.training.trainer import EVALUATION_IS_DUE, OnStep, Trainer
@@ -112,10 +114,13 @@ def _build_trainer(
     if found is not None:
         load_checkpoint(setup, found, console.say)
     clear_save(config.checkpoint, loaded, console.say)
-    saver = None
+    saver, rewind = None, None
     if config.checkpoint.save is not None:
         kept = {} if found is None else carried(found.common)
+        kept[TOKENIZER_HASH] = hash_of(tokenizer)
         saver = CheckpointSaver(setup, vocab_size, lease, console.say, kept)
+        start = None if config.checkpoint.finetune else found
+        rewind = Rewinder(setup, saver, start, vocab_size, console.say)
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()
@@ -128,6 +133,7 @@ def _build_trainer(
         console=console,
         watch=watch,
         padded_vocab_size=padded,
+        rewind=rewind,
         on_step=on_step,
         evaluation_is_due=found is not None
         and not config.checkpoint.finetune

@@ -80,6 +80,8 @@ def report_line(report: Report, train_iters: int) -> str:
         parts.append("slots read " + _usage(report))
     if report.num_skipped:
         parts.append(f"{report.num_skipped} skipped")
+    if report.num_spikes:
+        parts.append(f"{report.num_spikes} in a loss spike")
     parts.append(f"{duration(report.seconds_left)} left")
     return " | ".join(parts)
 

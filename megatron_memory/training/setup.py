@@ -6,13 +6,12 @@ from collections.abc import Callable
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_memory.config import Config
 from megatron_memory.memory.config import MemoryTransformerConfig
 from megatron_memory.model.gpt import build_model
-from megatron_memory.optimizer import build_optimizer, build_scheduler
+from megatron_memory.optimizer import GuardedOptimizer, build_optimizer, build_scheduler
 from megatron_memory.runtime import Backend
 from megatron_memory.training.gradients import finalize_gradients
 from megatron_memory.training.usage import UsageMeter
@@ -29,7 +28,7 @@ class TrainingSetup:
     """Where this rank runs."""
     model: list[DistributedDataParallel]
     """The model's chunks on this rank; one without interleaved pipelines."""
-    optimizer: MegatronOptimizer
+    optimizer: GuardedOptimizer
     """Of all parameters; a `MemoryOptimizer` where there is a memory."""
     scheduler: OptimizerParamScheduler
     """Of learning rates and weight decay."""
@@ -64,7 +63,7 @@ def build_training_setup(config: Config, backend: Backend, padded_vocab_size: in
     )
 
 
-def _connect(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+def _connect(model: list[DistributedDataParallel], optimizer: GuardedOptimizer) -> None:
     """Give Megatron's schedule the functions that it calls between microbatches and after them."""
     config, ddp_config = model[0].config, model[0].ddp_config
     config.finalize_model_grads_func = finalize_gradients
@@ -91,3 +90,21 @@ def sample_group() -> torch.distributed.ProcessGroup:
     """The ranks with other samples of the same global batch; under context parallelism several
     share theirs, and this group has one of them."""
     return parallel_state.get_data_parallel_group(with_context_parallel=False)
+
+
+class whole_weights:
+    """While this is entered, every rank holds the weights after the last update.
+
+    With `--overlap-param-gather` they otherwise arrive during the next forward pass only.
+    """
+
+    def __init__(self, setup: TrainingSetup):
+        self._chunks = setup.model if setup.config.parallel.overlap_param_gather else []
+
+    def __enter__(self) -> None:
+        for chunk in self._chunks:
+            chunk.disable_forward_pre_hook()
+
+    def __exit__(self, *exception: object) -> None:
+        for chunk in self._chunks:
+            chunk.enable_forward_pre_hook()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from megatron_memory.data.context import share_of_sequences
 from megatron_memory.exceptions import DataError
 from megatron_memory.optimizer import MemoryOptimizer
+from megatron_memory.optimizer.guarded import MayUpdate
+from megatron_memory.training.finite import why_not_finite
 from megatron_memory.training.setup import TrainingSetup, data_parallel_group
 from megatron_memory.training.wrapping import tables_of
 
@@ -31,19 +34,24 @@ class StepResult:
     num_tokens: float
     """Of the global batch, those that are not masked."""
     grad_norm: float | None
-    """Norm of the gradient of all parameters but the values, before clipping; None if skipped."""
+    """Norm of the gradient of all parameters but the values, before clipping."""
     value_grad_norm: float | None
-    """Norm of the values' gradient before clipping; None without memory or if skipped."""
+    """Norm of the values' gradient before clipping; None without memory."""
     learning_rate: float
     """Of all parameters but the values, in this step."""
     value_learning_rate: float | None
     """Of the values, in this step; None without memory."""
     skipped: bool
-    """Whether Megatron left the weights as they were: under a loss scale, on infinite gradients."""
+    """Whether the weights were left as they were: the loss or a gradient is not finite."""
+    cause: str | None = None
+    """What was not finite, and where; None if nothing."""
 
 
 def train_step(
-    setup: TrainingSetup, data_iterator: Iterator[Batch], num_microbatches: int
+    setup: TrainingSetup,
+    data_iterator: Iterator[Batch],
+    num_microbatches: int,
+    may_update: MayUpdate = lambda is_finite: is_finite,
 ) -> StepResult:
     """Forward and backward over the rank's microbatches, then the update and the schedule's next
     step.
@@ -53,6 +61,8 @@ def train_step(
         data_iterator: yields `tokens`, `labels`, `loss_mask` and `position_ids`, [micro batch, seq]
             each.
         num_microbatches: to take from it.
+        may_update: is told whether the loss and the gradient norms are finite here, and answers
+            alike on all ranks; on no, no rank updates.
     """
     for chunk in setup.model:
         chunk.train()
@@ -61,11 +71,13 @@ def train_step(
             table.expect_microbatches(num_microbatches)
     setup.optimizer.zero_grad()
     reports = _run_schedule(setup, data_iterator, num_microbatches, forward_only=False)
-    succeeded, grad_norm, _ = setup.optimizer.step()
+    total, num_tokens = _sum_reports(reports, setup.backend.device)
+    succeeded, grad_norm, _ = setup.optimizer.step(
+        lambda is_finite: may_update(is_finite and math.isfinite(total))
+    )
     for chunk in setup.model:
         for table in tables_of(chunk):
             table.weights_changed()
-    total, num_tokens = _sum_reports(reports, setup.backend.device)
     has_memory = isinstance(setup.optimizer, MemoryOptimizer)
     result = StepResult(
         loss=total / num_tokens if num_tokens else 0.0,
@@ -76,8 +88,19 @@ def train_step(
         value_learning_rate=_value_learning_rate(setup) if has_memory else None,
         skipped=not succeeded,
     )
-    if succeeded:
-        setup.scheduler.step(setup.config.training.global_batch_size)
+    if not succeeded:
+        figures = (result.loss, result.grad_norm, result.value_grad_norm)
+        cause = why_not_finite(setup, reports, figures)
+        worst, grad_norm, value_grad_norm = cause.figures
+        assert worst is not None, "every step has a loss"
+        return dataclasses.replace(
+            result,
+            loss=worst,
+            grad_norm=grad_norm,
+            value_grad_norm=value_grad_norm,
+            cause=cause.text,
+        )
+    setup.scheduler.step(setup.config.training.global_batch_size)
     return result
 
 

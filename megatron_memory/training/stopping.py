@@ -1,7 +1,6 @@
 """Why a training stops before its last iteration, agreed on by all ranks after each step."""
 
 import dataclasses
-import math
 import signal
 import time
 from types import FrameType
@@ -9,8 +8,6 @@ from types import FrameType
 import torch
 
 from megatron_memory.config import TrainingConfig
-from megatron_memory.exceptions import TrainingError
-from megatron_memory.training.step import StepResult
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _IGNORED_BY_STARTER = (signal.SIGINT, signal.SIGHUP)
@@ -51,7 +48,7 @@ class SignalCatcher:
 
 
 class StopChecker:
-    """Asks after each step whether to go on.
+    """Asks in each step whether to go on.
 
     Args:
         training: says after how many iterations or minutes to exit.
@@ -64,29 +61,33 @@ class StopChecker:
         self._signals = signals
         self._device = device
         self._started = time.monotonic()
+        self._agreed = (0, False)
 
-    def check(self, iteration: int, result: StepResult) -> Stop | None:
-        """A reason to stop after `iteration`, or None; a collective call of one small all-reduce.
-
-        Raises:
-            TrainingError: on every rank, where the loss or a gradient norm is not finite.
-        """
+    def may_update(self, is_finite: bool) -> bool:
+        """Whether every rank's loss and gradients are finite; a collective call of one small
+        all-reduce, between the gradients and the update. What `check` is going to say is agreed on
+        with it, so that a step has one agreement and not two."""
         minutes = (time.monotonic() - self._started) / 60
         limit = self._training.exit_duration_in_mins
         answers = [
             self._signals.received,
             int(limit is not None and minutes >= limit),
-            int(not _is_finite(result)),
+            int(not is_finite),
         ]
         agreed = torch.tensor(answers, dtype=torch.int32, device=self._device)
         torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
         signum, out_of_time, not_finite = agreed.tolist()
-        if not_finite:
-            raise _not_finite(iteration, result)
+        self._agreed = (signum, bool(out_of_time))
+        return not not_finite
+
+    def check(self, iteration: int) -> Stop | None:
+        """A reason to stop after `iteration`, whose step asked `may_update`; or None."""
+        signum, out_of_time = self._agreed
         if signum:
             return _stop_after(signum)
         if out_of_time:
-            return Stop(reason=f"--exit-duration-in-mins {limit} have passed")
+            minutes = self._training.exit_duration_in_mins
+            return Stop(reason=f"--exit-duration-in-mins {minutes} have passed")
         interval = self._training.exit_interval
         if interval is not None and iteration % interval == 0:
             return Stop(reason=f"--exit-interval {interval} is reached")
@@ -103,23 +104,3 @@ class StopChecker:
 def _stop_after(signum: int) -> Stop:
     name = signal.Signals(signum).name
     return Stop(reason=f"{name} was received", exit_code=128 + signum)
-
-
-def _is_finite(result: StepResult) -> bool:
-    numbers = (result.loss, result.grad_norm, result.value_grad_norm)
-    return all(number is None or math.isfinite(number) for number in numbers)
-
-
-def _not_finite(iteration: int, result: StepResult) -> TrainingError:
-    values = ""
-    if result.value_learning_rate is not None:
-        values = (
-            f" (values: gradient norm {result.value_grad_norm}, "
-            f"learning rate {result.value_learning_rate:.3g})"
-        )
-    return TrainingError(
-        f"iteration {iteration}: the loss is {result.loss}, the gradient norm {result.grad_norm}, "
-        f"at learning rate {result.learning_rate:.3g}{values}. The training stops without saving. "
-        "Go back to the newest checkpoint with --load, and lower --lr or --memory-value-lr, "
-        "lengthen --lr-warmup-iters, or try --memory-qk-norm or --clip-grad 1.0"
-    )

@@ -1,5 +1,6 @@
 """The training loop: step, report, evaluate, save, stop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,14 +12,17 @@ from megatron_memory.data.loader import batch_iterator
 from megatron_memory.exceptions import CheckpointError, TrainingError
 from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.runtime.distributed import seed_step
+from megatron_memory.training.bad_steps import BadSteps, LossSpikes, Rewind
 from megatron_memory.training.checkpoint.changes import DATA_ORDER
 from megatron_memory.training.checkpoint.data_order import as_plain, read_parts
+from megatron_memory.training.checkpoint.replicas import check_replicas
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
+from megatron_memory.training.finite import are_weights_damaged, check_finite
 from megatron_memory.training.metrics import Interval, Report
 from megatron_memory.training.progress import Console, duration, report_line
 from megatron_memory.training.ranks.watch import RankWatch
-from megatron_memory.training.setup import TrainingSetup, sample_group
+from megatron_memory.training.setup import TrainingSetup, sample_group, whole_weights
 from megatron_memory.training.step import Batch, StepResult, evaluate_loss, train_step
 from megatron_memory.training.stopping import SignalCatcher, Stop, StopChecker
 from megatron_memory.training.tensorboard import Curves
@@ -42,6 +46,7 @@ class Trainer:
         console: where to report.
         watch: entered; told of progress.
         padded_vocab_size: of the model, for its FLOPs.
+        rewind: what `--on-bad-step rewind` calls; None where there is nothing to go back to.
         on_step: called on every rank with each iteration's number and result.
         evaluation_is_due: the run before stopped when it should have evaluated.
     """
@@ -57,6 +62,7 @@ class Trainer:
         console: Console,
         watch: RankWatch,
         padded_vocab_size: int,
+        rewind: Rewind | None = None,
         on_step: OnStep | None = None,
         evaluation_is_due: bool = False,
     ):
@@ -69,6 +75,10 @@ class Trainer:
         self._num_microbatches = setup.config.num_microbatches(self._world_size)
         self._flops_per_token = sum(flops_per_token(setup.config, padded_vocab_size).values())
         self._stop_checker = StopChecker(self._training, signals, setup.backend.device)
+        self._bad_steps = BadSteps(
+            self._training, lambda: are_weights_damaged(setup), rewind, console.say
+        )
+        self._spikes = LossSpikes(self._training.loss_spike_factor, console.say)
         self._usage = setup.usage
         self._interval = Interval()
         self._last_saved = position
@@ -86,7 +96,7 @@ class Trainer:
             the program's exit code: 0, or 128 + n after signal n.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: a loss, gradient or weight is not finite, or ranks' copies differ.
             SaveError: checkpoints could not be written.
             CheckpointError: another run writes to --save now.
         """
@@ -115,8 +125,8 @@ class Trainer:
         batches = self._batches(self._datasets.train, self.position.consumed_samples)
         self._usage.turn(on=True)
         while self.position.iteration < self._training.train_iters:
-            result = self._step(batches)
-            stop = self._stop_checker.check(self.position.iteration, result)
+            self._step(batches)
+            stop = self._stop_checker.check(self.position.iteration)
             if self._is_due(self._config.logging.log_interval) or stop:
                 self._report()
             self._evaluation_is_due = self._is_due(self._training.eval_interval)
@@ -136,17 +146,34 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         began = time.perf_counter()
         seed_step(self._training.seed, self.position.iteration)
-        result = train_step(self.setup, batches, self._num_microbatches)
-        self._interval.add(result, time.perf_counter() - began)
+        result = train_step(
+            self.setup, batches, self._num_microbatches, self._stop_checker.may_update
+        )
         self.position = Position(
             iteration=self.position.iteration + 1,
             consumed_samples=self.position.consumed_samples + self._training.global_batch_size,
         )
         self._watch.advance(self.position.iteration)
+        self._judge(result, time.perf_counter() - began)
         self._console.advance(self.position.iteration)
         if self._on_step is not None:
             self._on_step(self.position.iteration, result)
         return result
+
+    def _judge(self, result: StepResult, seconds: float) -> None:
+        """Count the step, and go on after a bad one as the flags say."""
+        iteration = self.position.iteration
+        self._interval.add(result, seconds, is_spike=self._spikes.look(iteration, result))
+        if self._saver is not None:
+            spike = self._spikes.spike
+            self._saver.keep_before = None if spike is None else spike.first_iteration
+        self._bad_steps.look(iteration, result)
+        if self._is_due(self._training.check_replicas_interval):
+            self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        with whole_weights(self.setup):
+            check_replicas(self.setup, self.position.iteration)
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.position.iteration % interval == 0
@@ -178,6 +205,7 @@ class Trainer:
             loss=interval.loss,
             last=interval.results[-1],
             num_skipped=interval.num_skipped,
+            num_spikes=interval.num_spikes,
             seconds_per_iteration=interval.seconds / interval.num_steps,
             tokens_per_second=per_second,
             tflops_per_device=tflops,
@@ -218,6 +246,11 @@ class Trainer:
             return interrupted.stop
         finally:
             self._usage.turn(on=True)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"iteration {self.position.iteration}: the {name} loss is {loss}. The training "
+                "stops. Go back to a checkpoint with --load whose loss is finite, and lower --lr"
+            )
         self._curves.add(self.position.iteration, {f"loss/{name}": loss})
         self._console.say(
             f"iteration {self.position.iteration}: {name} loss {loss:.6f}, "
@@ -234,8 +267,14 @@ class Trainer:
         if self._saver is None or self._last_saved == self.position:
             return
         began = time.perf_counter()
+        folder = None
         with self._watch.phase("saving"), whole_weights(self.setup):
-            folder = self._saver.save(self.position, self._record())
+            damage = self._find_damage()
+            if damage is None:
+                check_replicas(self.setup, self.position.iteration)
+                folder = self._saver.save(self.position, self._record())
+        if damage is not None:
+            self._bad_steps.look_at_damage(damage)
         if folder is None:
             return
         self._last_saved = self.position
@@ -257,6 +296,13 @@ class Trainer:
         if self._datasets.train is not None:
             parts = read_parts(self._datasets.train, self.position.consumed_samples)
         return {DATA_ORDER: as_plain(parts), EVALUATION_IS_DUE: self._evaluation_is_due}
+
+    def _find_damage(self) -> TrainingError | None:
+        try:
+            check_finite(self.setup, self.position.iteration)
+        except TrainingError as damage:
+            return damage
+        return None
 
     def _finish(self, stop: Stop | None) -> Stop | None:
         if stop is None:
@@ -293,21 +339,3 @@ class _Interrupted(Exception):
 
 def _perplexity(loss: float) -> str:
     return f"{2.718281828459045**loss:.4g}" if loss < 100 else "inf"
-
-
-class whole_weights:
-    """While this is entered, every rank holds the weights after the last update.
-
-    With `--overlap-param-gather` they otherwise arrive during the next forward pass only.
-    """
-
-    def __init__(self, setup: TrainingSetup):
-        self._chunks = setup.model if setup.config.parallel.overlap_param_gather else []
-
-    def __enter__(self) -> None:
-        for chunk in self._chunks:
-            chunk.disable_forward_pre_hook()
-
-    def __exit__(self, *exception: object) -> None:
-        for chunk in self._chunks:
-            chunk.enable_forward_pre_hook()

@@ -127,6 +127,7 @@ def _report(**changes) -> Report:
         loss=2.125,
         last=step,
         num_skipped=0,
+        num_spikes=0,
         seconds_per_iteration=0.5,
         tokens_per_second=12345.6,
         tflops_per_device=321.0,
@@ -179,12 +180,13 @@ def test_no_utilization_without_a_known_peak():
 
 
 def test_interval_means():
-    """A token weighs the same in every step; a step without tokens nothing."""
+    """A token weighs the same in every step; a step without tokens or update nothing."""
     interval = Interval()
-    for loss, num_tokens, skipped in ((1.0, 30.0, False), (2.0, 10.0, True), (0.0, 0.0, False)):
+    steps = ((1.0, 30.0, False), (2.0, 10.0, False), (0.0, 0.0, False), (math.nan, 10.0, True))
+    for loss, num_tokens, skipped in steps:
         changes = {"loss": loss, "num_tokens": num_tokens, "skipped": skipped}
         interval.add(StepResult(**{**vars(_report().last), **changes}), seconds=0.25)
-    assert (interval.loss, interval.num_skipped, interval.seconds) == (1.25, 1, 0.75)
+    assert (interval.loss, interval.num_skipped, interval.seconds) == (1.25, 1, 1.0)
     empty = Interval()
     empty.add(StepResult(**{**vars(_report().last), "loss": 0.0, "num_tokens": 0.0}), seconds=0.25)
     assert math.isnan(empty.loss)

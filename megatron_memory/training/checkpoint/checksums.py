@@ -66,23 +66,23 @@ class Sums:
 
     algorithm: str
     """A key of ALGORITHMS."""
-    files: Mapping[str, str]
+    files: dict[str, str]
     """Sum of each file, by its name."""
-    sizes: Mapping[str, int]
+    sizes: dict[str, int]
     """Bytes of each file; empty where megatron-core wrote the sums."""
 
 
-def sum_files(folder: Path, names: Iterable[str], algorithm: str) -> Sums:
-    """The sums of some files, read now.
+def sum_files(folder: Path, names: Iterable[str], algorithm: str, threads: int = 1) -> Sums:
+    """The sums of some files, read now by so many threads.
 
     Raises:
         OSError: one cannot be read.
     """
-    files, sizes = {}, {}
-    for name in sorted(names):
-        sizes[name] = (folder / name).stat().st_size
-        places = places_of(name, sizes[name], algorithm)
-        files[name] = combine(sum_places(folder, places, algorithm), places, algorithm)
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
+    places = {name: places_of(name, size, algorithm) for name, size in sizes.items()}
+    every = [place for of_file in places.values() for place in of_file]
+    digests = sum_places(folder, every, algorithm, threads)
+    files = {name: combine(digests, of_file, algorithm) for name, of_file in places.items()}
     return Sums(algorithm=algorithm, files=files, sizes=sizes)
 
 
@@ -112,7 +112,7 @@ def encode(sums: Sums) -> bytes:
 
 
 def _parts(sums: Sums) -> dict[str, Any]:
-    return {"algorithm": sums.algorithm, "files": dict(sums.files), "sizes": dict(sums.sizes)}
+    return {"algorithm": sums.algorithm, "files": sums.files, "sizes": sums.sizes}
 
 
 def _own_sum(parts: dict[str, Any]) -> str:

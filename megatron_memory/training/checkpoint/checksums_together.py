@@ -36,17 +36,20 @@ def with_sums(request: AsyncRequest, folder: Path, algorithm: str) -> AsyncReque
     the process that writes, while the bytes are still in memory."""
     if request.async_fn is None:
         return request
-    write = partial(_write_and_sum, request.async_fn, folder, dist.get_rank(), algorithm)
+    rank, threads = dist.get_rank(), _threads()
+    write = partial(_write_and_sum, request.async_fn, folder, rank, algorithm, threads)
     return request._replace(async_fn=write)
 
 
-def _write_and_sum(write, folder: Path, rank: int, algorithm: str, *args, **kwargs) -> None:
+def _write_and_sum(
+    write, folder: Path, rank: int, algorithm: str, threads: int, *args, **kwargs
+) -> None:
     write(*args, **kwargs)
     part = folder / f"{_PART}{rank}"
     try:
         # torch names a rank's files by it.
         names = [file.name for file in folder.glob(f"__{rank}_*")]
-        part.write_bytes(encode(sum_files(folder, names, algorithm)))
+        part.write_bytes(encode(sum_files(folder, names, algorithm, threads)))
     # On a full disk, say. Raised here it would leave the other ranks waiting; so rank 0 sums these
     # files, and hears of the disk itself.
     except OSError:

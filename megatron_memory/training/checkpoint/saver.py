@@ -71,6 +71,9 @@ class CheckpointSaver:
         self._problem = ""
         self.newest: Position | None = None
         """Of the newest checkpoint that is complete."""
+        self.keep_before: int | None = None
+        """Iteration before which no checkpoint is deleted at present; None: `--keep-last` alone
+        decides."""
         writer_errors.install()
         start_writer_queue()
         ask_first_rank(lambda: save_config(self._config, self._root / folders.CONFIG_FILE))
@@ -246,7 +249,11 @@ class CheckpointSaver:
 
     def _prune(self, iteration: int, keep_last: int) -> None:
         try:
-            self._first_rank_writes(lambda: folders.prune(self._root, keep_last, iteration))
+            self._first_rank_writes(
+                lambda: folders.prune(
+                    self._root, keep_last, iteration, keep_before=self.keep_before
+                )
+            )
         except _NotWritten as error:
             self._say(f"--keep-last {keep_last}: an old checkpoint could not be deleted: {error}")
 

@@ -69,6 +69,8 @@ def load_schedule(
     Raises:
         CheckpointError: the schedules differ and no flag says which one counts.
     """
+    # Megatron's adds to what the schedule has counted, as where a run goes back in the middle.
+    setup.scheduler.num_steps = 0
     if saved is None:
         setup.scheduler.step(consumed_samples)
         return

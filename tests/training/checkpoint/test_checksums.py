@@ -248,6 +248,7 @@ def _names_summed_at_publishing(config: Config) -> set[str]:
     sum_files = checksums.sum_files
 
     def recording(folder, names, algorithm):
+        names = list(names)
         seen.update(names)
         return sum_files(folder, names, algorithm)
 

@@ -13,7 +13,6 @@ from megatron_memory.config import Config, load_config
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training import trainer
 from megatron_memory.training.checkpoint import folders, rng_state
-from megatron_memory.training.checkpoint.checksums import SUMS_FILE
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import Run, change, run, runs, tiny_config
 
@@ -214,8 +213,8 @@ def test_checkpoint_of_another_program_gives_its_weights_only(trained, tmp_path:
     torch.save(
         {"iteration": 4, "args": {"lr": 1.0}, "optimizer": common["optimizer"]}, copy / "common.pt"
     )
-    (copy / "config.yaml").unlink()
-    (copy / SUMS_FILE).unlink()
+    for name in ("config.yaml", "integrity.json"):
+        (copy / name).unlink()
     config = _resume(trained, load=str(copy))
     with pytest.raises(AssertionError, match="written by another program.*--finetune"):
         _one(config)
