@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama as llama
 
 from .configuration_memory_llama import MemoryLlamaConfig
@@ -283,8 +284,7 @@ class MemoryLlamaAttention(llama.LlamaAttention):
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, *args, **kwargs
             )
-        # The cache's name was singular before transformers 4.56.
-        cache = kwargs.pop("past_key_values", None) or kwargs.pop("past_key_value", None)
+        cache = _take_cache(kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -311,6 +311,16 @@ class MemoryLlamaAttention(llama.LlamaAttention):
         if name == "eager" or options.get("output_attentions"):
             return llama.eager_attention_forward
         return llama.ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _take_cache(options):
+    """By its type, for its name changes: `past_key_value` before transformers 4.56, `cache` since
+    5.24. One that was overlooked would give wrong text without an error."""
+    names = [name for name, value in options.items() if isinstance(value, Cache)]
+    caches = [options.pop(name) for name in names]
+    for name in ("past_key_value", "past_key_values", "cache"):
+        options.pop(name, None)
+    return caches[0] if caches else None
 
 
 class MemoryLlamaDecoderLayer(llama.LlamaDecoderLayer):
