@@ -45,8 +45,27 @@ def layer_norm(
     """`F.layer_norm`, of numbers of one dtype."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return F.layer_norm(x, shape, weight, bias, epsilon)
-    normed = F.layer_norm(x.float(), shape, weight.float(), bias.float(), epsilon)
-    return normed.to(x.dtype)
+    return _LayerNorm.apply(x, shape, weight, bias, epsilon)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Keeps x as it is for backward: its fp32 copy would be twice the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: Any, weight: Tensor, bias: Tensor, epsilon: float):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.shape, ctx.epsilon = shape, epsilon
+        normed = F.layer_norm(x.float(), shape, weight.float(), bias.float(), epsilon)
+        return normed.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        leaves = [tensor.detach().float().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            normed = F.layer_norm(leaves[0], ctx.shape, leaves[1], leaves[2], ctx.epsilon)
+        found = torch.autograd.grad(normed, leaves, gradients[0].float())
+        x, weight, bias = (g.to(t.dtype) for g, t in zip(found, ctx.saved_tensors, strict=True))
+        return x, None, weight, bias, None
 
 
 class _Embedding(torch.nn.Embedding):
