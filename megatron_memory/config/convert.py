@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from megatron_memory.config.option import Option
+from megatron_memory.reading.pickles import shown
 
 Kind = Literal["bool", "int", "float", "str", "choice"]
 
@@ -17,6 +18,8 @@ _EXPECTED = {
     "float": "a number",
     "str": "text",
 }
+# torch and files keep no larger ones.
+_MOST_BITS = 63
 _NONE_WORDS = ("none", "null")
 
 
@@ -134,6 +137,8 @@ def problem_with(name: str, value: Any, value_type: ValueType, option: Option) -
         return _problem_with_choice(name, value, value_type, option)
     if value_type.kind == "float" and not math.isfinite(value):
         return f"{name} is {value}: it must be a finite number."
+    if value_type.kind == "int" and not value_type.many and value.bit_length() > _MOST_BITS:
+        return f"{name} is {shown(value)}: it must be below 2^63."
     constraints = _violated(value, option)
     return f"{name} is {value}: it must be {constraints}." if constraints else None
 

@@ -16,6 +16,7 @@ _LAYOUT_FORM = (
     'the loss, (...)*n and t*n for repetitions: "Et*3|(t*4|)*2t*3L"'
 )
 
+_LONGEST_LAYOUT = 65536
 _STAGE_FIELDS = (
     "pipeline_model_parallel_layout",
     "num_layers_per_virtual_pipeline_stage",
@@ -133,8 +134,18 @@ def _sizes_in_layout(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 def _expand(layout: str) -> str:
     """Without repetitions and commas, which are ornament."""
     text = layout.replace(",", "").replace(" ", "")
-    text = re.sub(r"\(([^)]+)\)\*(\d+)", lambda m: m[1] * int(m[2]), text)
-    return re.sub(r"(.)\*(\d+)", lambda m: m[1] * int(m[2]), text)
+    text = re.sub(r"\(([^)]+)\)\*(\d+)", _repeated, text)
+    return re.sub(r"(.)\*(\d+)", _repeated, text)
+
+
+def _repeated(match: re.Match[str]) -> str:
+    what, times = match.groups()
+    if len(times) > 9 or len(what) * int(times) > _LONGEST_LAYOUT:
+        raise ConfigurationError(
+            f"--pipeline-model-parallel-layout: {what[:40]}*{times[:20]} is longer than "
+            f"{_LONGEST_LAYOUT} parts: no model has as many layers"
+        )
+    return what * int(times)
 
 
 def _refuse_beside_layout(parallel: ParallelConfig, flag: str) -> None:

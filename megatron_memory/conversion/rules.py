@@ -57,7 +57,8 @@ def to_ours(rules: Iterable[Rule], theirs: Tensors, where: object) -> Tensors:
         try:
             ours[rule.ours] = sources[0] if rule.join is None else made_of(sources, rule.join)
         # The function is tried on the shapes alone, and fails where they are not the model's.
-        except RuntimeError as error:
+        # TypeError: a product of the configuration's sizes that is no size any more.
+        except (RuntimeError, TypeError) as error:
             shapes = ", ".join(f"{n} {list(theirs[n].shape)}" for n in rule.theirs)
             raise CheckpointError(
                 f"{where}: {shapes} do not have the shapes that its configuration says ({error})"

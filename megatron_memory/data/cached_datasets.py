@@ -12,8 +12,9 @@ import hashlib
 import logging
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -24,6 +25,9 @@ from megatron.core.datasets.utils import Split
 from megatron_memory.exceptions import DataError
 
 Arrays = tuple[np.ndarray, ...]
+
+_SUM = ".crc32"
+_CHUNK = 1 << 20
 
 _NO_TOKEN = -1
 """megatron-core's id of padding for tokenizers that have none."""
@@ -165,20 +169,44 @@ def _load_or_build(
 
 
 def _save(path: str, array: np.ndarray) -> None:
+    """The array, and before it its checksum: who finds the array finds both."""
+    checksum = f"{_checksum(array):08x}\n".encode()
+    _replace(path + _SUM, lambda stream: stream.write(checksum))
+    _replace(path, lambda stream: np.save(stream, array, allow_pickle=False))
+
+
+def _replace(path: str, write: Callable[[IO[bytes]], object]) -> None:
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as stream:
-            np.save(stream, array, allow_pickle=False)
+            write(stream)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
 
 
+def _checksum(array: np.ndarray) -> int:
+    """Of its numbers, their type and their shape."""
+    checksum = zlib.crc32(f"{array.dtype.str} {array.shape}".encode())
+    numbers = array.reshape(-1)
+    for begin in range(0, len(numbers), _CHUNK):
+        checksum = zlib.crc32(np.ascontiguousarray(numbers[begin : begin + _CHUNK]).data, checksum)
+    return checksum
+
+
 def _load(path: str) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+        # Caches of earlier versions have none.
+        if os.path.isfile(path + _SUM):
+            with open(path + _SUM, "rb") as stream:
+                expected = stream.read(9)
+            if expected != f"{_checksum(array):08x}\n".encode():
+                raise ValueError("its checksum is another")
+    # NumPy evaluates the header: SyntaxError, MemoryError and others on a damaged one.
+    except Exception as error:
         raise DataError(
             f"{path}: a damaged file of the index cache ({error}). Delete it; it is built again"
         ) from error
+    return array

@@ -368,7 +368,12 @@ def test_layers_that_the_machine_lacks(arguments, is_cuda, has_transformer_engin
 @pytest.mark.parametrize(
     ("flag", "most"), [("--num-layers", 1024), ("--num-experts", 4096), ("--seed", 2**32 - 1)]
 )
-@pytest.mark.parametrize("value", [200_000_000_000, 2**60, 10**30])
+@pytest.mark.parametrize("value", [200_000_000_000, 2**60])
 def test_sizes_that_planning_would_list_one_by_one(flag: str, most: int, value: int):
     with pytest.raises(ConfigurationError, match=f"{flag} is {value}: .* at most {most}"):
         parse_arguments([flag, str(value)])
+
+
+def test_whole_numbers_are_those_of_files():
+    with pytest.raises(ConfigurationError, match=f"--hidden-size is {2**63}: it must be below"):
+        parse_arguments(["--hidden-size", str(2**63)])

@@ -177,3 +177,9 @@ def test_every_field_that_says_a_stages_layers_is_refused_beside_a_layout():
     for flag in flags:
         with pytest.raises(ConfigurationError, match=re.escape(flag.split()[0])):
             stages(f"--pipeline-model-parallel-size 2 {LAYOUT} Et*4|t*4L {flag}", 8)
+
+
+@pytest.mark.parametrize("layout", ["Et*1000000000|L", "E(t*9|)*99999999tL", "Et*" + "9" * 5000])
+def test_a_layout_that_would_fill_the_memory_is_refused(layout: str):
+    with pytest.raises(ConfigurationError, match="is longer than 65536 parts"):
+        stages(f"--pipeline-model-parallel-size 2 {LAYOUT} {layout}", 8)

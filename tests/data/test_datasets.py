@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_memory.data.tokenizers import build_tokenizer
 from megatron_memory.exceptions import ConfigurationError, DataError
 from tests.data.helpers import GOLDEN, NUM_IDS, null_tokenizer, random_documents, write_dataset
 from tests.distributed import run_ranks
+from tests.hostile import mutated
 
 SEQ_LENGTH = 16
 
@@ -196,6 +198,31 @@ def test_a_damaged_cache_is_named(tmp_path, pair):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=f"{path}: a damaged file of the index cache.*Delete it"):
         build(tmp_path / "cache", data_path=[pair], split="1")
+
+
+def test_no_damage_to_the_cache_is_silent(tmp_path, pair):
+    build(tmp_path / "cache", data_path=[pair], split="1")
+    choose, silent = random.Random(4), []
+    for path in sorted((tmp_path / "cache").glob("*.npy")):
+        content, sound = path.read_bytes(), cached_datasets._load(str(path)).copy()
+        for _ in range(60):
+            path.unlink()
+            path.write_bytes(mutated(content, choose))
+            try:
+                found = cached_datasets._load(str(path))
+            except DataError as error:
+                assert str(path) in str(error)
+                continue
+            if not np.array_equal(found, sound):
+                silent.append(path)
+    assert not silent
+
+
+def test_a_cache_of_an_earlier_version_has_no_checksums(tmp_path, pair):
+    first = build(tmp_path / "cache", data_path=[pair], split="80,15,5")
+    for path in (tmp_path / "cache").glob("*.crc32"):
+        path.unlink()
+    assert_same(build(tmp_path / "cache", data_path=[pair], split="80,15,5").train, first.train)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, pair):
