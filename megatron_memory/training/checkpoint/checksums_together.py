@@ -1,6 +1,7 @@
 """Checksums by all ranks of a run: each sums what it has written, and compares a share of what is
 loaded."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -44,10 +45,13 @@ def _write_and_sum(
     write, folder: Path, rank: int, algorithm: str, threads: int, *args, **kwargs
 ) -> None:
     write(*args, **kwargs)
-    # torch names a rank's files by it.
-    names = [file.name for file in folder.glob(f"__{rank}_*")]
-    sums = sum_files(folder, names, algorithm, threads)
-    (folder / f"{_PART}{rank}").write_bytes(encode(sums))
+    # An error of this rank alone would leave the others waiting. What lacks a sum is read by rank 0
+    # before the checkpoint has its name, and there an error is all ranks'.
+    with contextlib.suppress(OSError):
+        # torch names a rank's files by it.
+        names = [file.name for file in folder.glob(f"__{rank}_*")]
+        sums = sum_files(folder, names, algorithm, threads)
+        (folder / f"{_PART}{rank}").write_bytes(encode(sums))
 
 
 def join_sums(folder: Path, algorithm: str) -> None:
@@ -57,7 +61,9 @@ def join_sums(folder: Path, algorithm: str) -> None:
     """
     known: list[Sums] = []
     for part in folder.glob(f"{_PART}*"):
-        known.append(decode(part.read_bytes()))
+        # Cut off where the disk was full.
+        with contextlib.suppress(ValueError):
+            known.append(decode(part.read_bytes()))
         part.unlink()
     write_sums(folder, algorithm, known)
 

@@ -191,8 +191,9 @@ def _save_damage_and_load(config: Config, root: str) -> dict[str, list]:
     torch.distributed.barrier()
     (newest / SUMS_FILE).write_bytes(sums)
     torch.distributed.barrier()
-    runs([change(change(config, "training", train_iters=2), "checkpoint", checksums="none")])
-    heard["old"] = _load(config, f"{root}/iter_0000002")
+    old = change(config, "checkpoint", checksums="none", save=f"{root}/old")
+    runs([change(old, "training", train_iters=2)])
+    heard["old"] = _load(config, f"{root}/old")
     return heard
 
 
