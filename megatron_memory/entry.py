@@ -6,15 +6,16 @@ import sys
 import time
 from collections.abc import Callable
 
-from megatron_memory.exceptions import MEND_BY_USER
+from megatron_memory.exceptions import MEND_BY_USER, SaveError
 
 EXIT_ERROR = 2
+EXIT_NOT_SAVED = 3
 _SECONDS_FOR_FIRST_RANK = 3
 _FROM_USERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 def run_entry(run: Callable[[], int]) -> int:
-    """The exit code of `run`, or EXIT_ERROR with the error's message and no traceback.
+    """The exit code of `run`; EXIT_NOT_SAVED or EXIT_ERROR with an error's message, no traceback.
 
     The ranks meet the same error, and torchrun ends all after the first: the message of a node's
     first rank comes first there, and is usually the only one.
@@ -28,7 +29,7 @@ def run_entry(run: Callable[[], int]) -> int:
             time.sleep(_SECONDS_FOR_FIRST_RANK)
         prefix = "" if rank == 0 else f"rank {rank}: "
         print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return EXIT_ERROR
+        return EXIT_NOT_SAVED if isinstance(error, SaveError) else EXIT_ERROR
 
 
 def exit_code_for_torchrun(exit_code: int) -> int:

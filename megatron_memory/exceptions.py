@@ -9,6 +9,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, incomplete, or belongs to another model."""
 
 
+class SaveError(CheckpointError):
+    """Checkpoints cannot be written, for lack of space, permission, or a disk that works."""
+
+
 class DataError(RuntimeError):
     """A data file or tokenizer is missing, damaged, or does not fit the model."""
 

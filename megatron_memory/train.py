@@ -13,6 +13,8 @@ others start it with `--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2`
 Exit codes:
     0        the training is complete, or --exit-interval or --exit-duration-in-mins is reached
     2        an error in flags, data or checkpoint, or a loss that is not a number: the message says
+    3        checkpoints could not be written: the last one, or more in a row than --save-retries
+    4        a rank has died or hangs (--rank-timeout): every other one names it
     128 + n  stopped and saved after signal n: 143 SIGTERM, 130 SIGINT, 129 SIGHUP, 138 SIGUSR1, 140
              SIGUSR2; but 0 for all but the first under torchrun --max-restarts, which would start
              the training again

@@ -28,6 +28,9 @@ class CheckpointConfig:
     """Iterations between two checkpoints. Without it: only when the training ends or is stopped."""
     keep_last: int | None = option(None, at_least=1)
     """Delete all but this many newest checkpoints. None: keep all."""
+    save_retries: int = option(3, at_least=0)
+    """Saves in a row that may fail, for lack of space or permission, before the training ends. Each
+    is tried again after another --save-interval."""
     async_save: bool = False
     """Write checkpoints in the background while the training goes on."""
     checksums: Literal["xxh3_128", "sha256", "none"] = "xxh3_128"

@@ -14,7 +14,7 @@ class ModelConfig:
     always find numbers. `dataclasses.replace` keeps the numbers computed before.
     """
 
-    num_layers: int = option(at_least=1)
+    num_layers: int = option(at_least=1, at_most=4096)
     """Number of decoder layers."""
     hidden_size: int = option(at_least=1)
     """Width of the residual stream."""
@@ -84,7 +84,7 @@ class ModelConfig:
     """Layers from megatron-core alone (local) or from Transformer Engine. Without this flag:
     Transformer Engine where it is installed and a GPU is used, else local."""
 
-    num_experts: int | None = option(None, at_least=1)
+    num_experts: int | None = option(None, at_least=1, at_most=4096)
     """Number of experts of a mixture-of-experts baseline; none: dense MLPs."""
     moe_layer_freq: int = option(1, at_least=1)
     """Every n-th layer, counted from 0, has experts."""

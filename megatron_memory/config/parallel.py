@@ -53,3 +53,6 @@ class ParallelConfig:
     """Communication library. Without this flag: nccl on GPUs, gloo on CPUs."""
     distributed_timeout_minutes: int = option(10, at_least=1)
     """Minutes after which a collective that waits for a missing process fails."""
+    rank_timeout: int = option(120, at_least=0)
+    """Seconds without any progress after which the rank that hangs is named and the run ends; 15
+    times as many for the first step and for a checkpoint. 0: never."""

@@ -41,12 +41,21 @@ def parse_layers(flag: str, text: str) -> list[int]:
         raise ConfigurationError(f"{flag}: not a list of numbers. {_FORMS}") from None
 
 
+def _is_positive(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10 and int(text) > 0
+
+
 def _centered(spec: str, num_layers: int) -> list[int]:
     parts = spec.split(":")[1:]
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(map(_is_positive, parts)):
         raise ConfigurationError(
             f"--memory-layers {spec}: COUNT and STRIDE must be positive numbers. {_FORMS}"
         )
     count, stride = (int(part) for part in parts)
+    if count > num_layers:
+        raise ConfigurationError(
+            f"--memory-layers {spec}: {count} layers, and --num-layers {num_layers} has no more. "
+            f"{_FORMS}"
+        )
     first = (num_layers - (count - 1) * stride) // 2
     return [first + stride * i for i in range(count)]

@@ -12,6 +12,7 @@ from megatron_memory.conversion.hf import read_hf, write_hf
 from megatron_memory.conversion.lingua import read_lingua, write_lingua
 from megatron_memory.conversion.megatron import Layout, read_megatron, write_megatron
 from megatron_memory.conversion.options import Checking, Conversion, Format, Target
+from megatron_memory.conversion.own_tokenizer import check_is_the_trainings
 from megatron_memory.conversion.progress import shown
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.conversion.verify import check_read_back, check_twins, compare_logits
@@ -53,6 +54,8 @@ def convert(conversion: Conversion, notify: Notify) -> None:
         state = read_checkpoint(source.source_format, load)
         for note in state.notes:
             notify(f"note: {note}")
+        # Before a copy is left out, whether or not the result is verified.
+        check_twins(state)
         state = _prepared(state, target, notify)
         dtype = _dtype(state, target)
         with shown(state, "writing") as counted:
@@ -75,7 +78,12 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
                 f"--tokenizer-model {target.tokenizer_model}: there is no such file or folder"
             )
         state = dataclasses.replace(state, tokenizer=Path(target.tokenizer_model))
+    if target.target_format != "lingua":
+        is_given = target.tokenizer_model is not None
+        check_is_the_trainings(state, is_given=is_given, notify=notify)
     if target.weights_only:
+        if state.usage:
+            notify("note: --weights-only leaves the counts of slots read out, too")
         # The exact weights are the optimizer's, and what is asked for all the same.
         if target.dtype == "fp32":
             state = dataclasses.replace(state, weights=state.exact_weights)
@@ -141,7 +149,6 @@ def _verifies(checking: Checking, num_parameters: int, notify: Notify) -> bool:
 def _verify(state: SavedState, conversion: Conversion, dtype: torch.dtype, notify: Notify) -> None:
     source, target = conversion.source, conversion.target
     load, save = Path(source.load), Path(target.save)
-    check_twins(state)
     count = check_read_back(state, target.target_format, save, dtype)
     notify(f"verified: {count} tensors read back bit for bit, none missing, none left over")
     report = compare_logits(state, source.source_format, load, target.target_format, save, dtype)

@@ -1,13 +1,13 @@
 """How a Hugging Face folder says that its model is to generate: generation_config.json, and in part
 config.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_memory.conversion.links import files_of
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.reading.documents import read_json
 from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 FILE = "generation_config.json"
@@ -63,12 +63,7 @@ def read_generation(folder: Path, config: Mapping[str, Any]) -> GenerationSettin
     in_config = {name: config[name] for name in IN_CONFIG if name in config}
     if not files_of(folder, [FILE]):
         return GenerationSettings(in_config=in_config)
-    try:
-        values = json.loads((folder / FILE).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / FILE}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / FILE}: holds no JSON object")
+    values = read_json(folder / FILE, CheckpointError)
     in_file = {name: value for name, value in values.items() if name not in _OF_FILE}
     return GenerationSettings(in_config=in_config, in_file=in_file)
 

@@ -32,6 +32,7 @@ from megatron_memory.conversion.hf_families import (
     values_of,
 )
 from megatron_memory.conversion.hf_memory import (
+    MEMORY_SETTINGS,
     MODEL_TYPE,
     copy_code,
     cut_tables,
@@ -43,6 +44,7 @@ from megatron_memory.conversion.hf_memory import (
     memory_values,
     register,
 )
+from megatron_memory.conversion.hf_settings import check_settings
 from megatron_memory.conversion.hf_stored import with_one_head, without_frequencies
 from megatron_memory.conversion.hf_tokenizer import write_tokenizer
 from megatron_memory.conversion.links import check_links
@@ -89,6 +91,7 @@ def read_hf(load: Path) -> SavedState:
     values = read_config(load)
     generation = read_generation(load, values)
     family = _family_called(values, load)
+    settings_notes = _checked_settings(values, load)
     values = _with_defaults(values)
     stored, is_tied, notes = with_one_head(read_weight_files(load), values)
     config, more = config_of(family, {**values, "tie_word_embeddings": is_tied}, stored, load)
@@ -104,8 +107,16 @@ def read_hf(load: Path) -> SavedState:
         weights=weights,
         tokenizer=load if tokenizer_files(load) else None,
         generation=generation,
-        notes=(*notes, *more),
+        notes=(*settings_notes, *notes, *more),
     )
+
+
+def _checked_settings(values: Mapping[str, Any], load: Path) -> list[str]:
+    own = MEMORY_SETTINGS if values.get("model_type") == MODEL_TYPE else frozenset()
+    try:
+        return check_settings(values, own)
+    except CheckpointError as error:
+        raise CheckpointError(f"{load / CONFIG}: {error}") from error
 
 
 def _family_called(values: Mapping[str, Any], load: Path) -> Family:

@@ -221,6 +221,13 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"rope_theta {base}: must be a whole number here")
     if any(of.get("partial_rotary_factor") not in (1, None) for of in (values, rope)):
         raise CheckpointError("partial_rotary_factor: only whole heads are rotated here")
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    known |= {"factor", *LLAMA3_ROPE} if kind == "llama3" else set()
+    unknown = [f"{name} {rope[name]}" for name in sorted(rope.keys() - known) if rope[name]]
+    if kind in ("default", "llama3") and unknown:
+        raise CheckpointError(
+            f"rope_type {kind} with {', '.join(unknown)}: nothing is known of such settings here"
+        )
     if kind == "default":
         return {"rotary_base": int(base)}
     numbers = {name: rope.get(name) for name in LLAMA3_ROPE}

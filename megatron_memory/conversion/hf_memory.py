@@ -61,6 +61,10 @@ _SETTINGS = (
     "query_dropout",
     "value_dropout",
 )
+MEMORY_SETTINGS = frozenset(
+    f"memory_{name}" for name in (*_SETTINGS, "layers", "share_groups", "max_chunk_elements")
+)
+"""All that config.json says of the memory."""
 _MAX_CHUNK_ELEMENTS = 2**30
 
 

@@ -17,6 +17,7 @@ from megatron_memory.conversion.tokenizer_files import (
     tokenizer_files,
     write_settings,
 )
+from megatron_memory.data.tokenizers import num_ids_of
 from megatron_memory.exceptions import CheckpointError
 
 Tokens = dict[str, int | None]
@@ -76,7 +77,14 @@ def write_tokenizer(state: SavedState, folder: Path, model_type: str) -> Exporte
         copy_tokenizer(tokenizer, folder, model_type)
         _name_inputs(folder)
         tokens = {name: getattr(original, name) for name in _NO_TOKENS}
-        return ExportedTokenizer(special_tokens=tokens, is_there=True)
+        ids = num_ids_of(original.get_vocab())
+        beyond: str | None = None
+        if ids > state.vocab_size:
+            beyond = (
+                f"the tokenizer has ids up to {ids - 1}, and the model rows for {state.vocab_size} "
+                "tokens: transformers fails on texts with the others"
+            )
+        return ExportedTokenizer(special_tokens=tokens, is_there=True, note=beyond)
     if tokenizer.suffix == ".model":
         return _write_sentencepiece(tokenizer, folder, model_type)
     note = f"{tokenizer}: transformers does not read such a tokenizer, and none is written"

@@ -9,6 +9,7 @@ Written from the files' own content and PyTorch's documentation: nothing here is
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,11 @@ from megatron_memory.conversion.decoder import (
     memory_linear_layers,
     memory_prefix,
 )
-from megatron_memory.conversion.lazy import from_memory
+from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.lingua_groups import groups_of
 from megatron_memory.conversion.lingua_params import config_of, params_of
 from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twins
-from megatron_memory.conversion.saved_state import SavedState, Tensors
+from megatron_memory.conversion.saved_state import SavedState, Tensors, Twin
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.documents import read_json
@@ -45,7 +46,8 @@ CONSOLIDATED = "consolidated.pth"
 _STATE_FILE = "train_state_00000.json"
 _ITERATION = re.compile(r"\d{10}")
 _MODEL, _OPTIMIZER = "model.", "optim.state."
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_GROUPS = "optim.param_groups."
+_MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"
 
 _NAMES = DecoderNames(
     embedding="tok_embeddings.weight",
@@ -156,6 +158,8 @@ def read_lingua(load: Path) -> SavedState:
     if vocab is None:
         raise CheckpointError(f"{folder} lacks {_MODEL}{_NAMES.embedding}: it is no lingua model")
     config = config_of(params, weights, folder / PARAMS)
+    _check_vocabulary(params, vocab.num_rows, folder)
+    _check_accounted(stored, folder)
     rules = lingua_rules(config)
     theirs = _with_copies(rules, weights)
     weights = to_ours(rules, theirs, folder)
@@ -163,15 +167,12 @@ def read_lingua(load: Path) -> SavedState:
     moments = {kind: _moments(rules, stored, kind, folder) for kind in _MOMENTS}
     for found in moments.values():
         check_shapes(config, vocab.num_rows, found, folder)
-    state_file = folder / _STATE_FILE
-    step = _step_of(folder)
-    if state_file.is_file():
-        step = _saved_step(state_file, step)
+    step = _step(stored, folder)
     return SavedState(
         config=config,
         vocab_size=vocab.num_rows,
         weights=weights,
-        twins=tuple(twins(rules, theirs)),
+        twins=(*twins(rules, theirs), *_moment_twins(rules, stored)),
         moments={kind: found for kind, found in moments.items() if found},
         iteration=step,
         consumed_samples=step * config.training.global_batch_size,
@@ -243,13 +244,78 @@ def _with_copies(rules: list[Rule], theirs: Tensors) -> Tensors:
 
 
 def _moments(rules: list[Rule], stored: Tensors, kind: str, folder: Path) -> Tensors:
+    states = _states(stored, kind)
+    return to_ours(rules, _with_copies(rules, states), folder) if states else {}
+
+
+def _states(stored: Tensors, kind: str) -> Tensors:
     ending = f".{kind}"
-    states = {
+    return {
         name.removesuffix(ending): tensor
         for name, tensor in _under(stored, _OPTIMIZER).items()
         if name.endswith(ending)
     }
-    return to_ours(rules, _with_copies(rules, states), folder) if states else {}
+
+
+def _moment_twins(rules: list[Rule], stored: Tensors) -> Iterator[Twin]:
+    """The states of a shared table that are stored with several of its layers."""
+    for kind in _MOMENTS:
+        for name, one, another in twins(rules, _with_copies(rules, _states(stored, kind))):
+            yield f"{kind} of {name}", one, another
+
+
+def _check_vocabulary(params: dict[str, Any], rows: int, folder: Path) -> None:
+    said = params["model"].get("vocab_size")
+    if isinstance(said, int) and said > 0 and said != rows:
+        raise CheckpointError(
+            f"{folder / PARAMS}: vocab_size {said}, and the embedding has {rows} rows. Correct it"
+        )
+
+
+def _check_accounted(stored: Tensors, folder: Path) -> None:
+    """That no tensor is of a kind which nothing here reads.
+
+    Raises:
+        CheckpointError: names those that are.
+    """
+    endings = tuple(f".{kind}" for kind in (*_MOMENTS, _STEP))
+    unknown = sorted(
+        name
+        for name in stored
+        if not name.startswith(_MODEL)
+        and not (name.startswith(_OPTIMIZER) and name.endswith(endings))
+        and not name.startswith(_GROUPS)
+    )
+    if unknown:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(unknown[:8])}, of which nothing is known: it is damaged, "
+            "or of another version of the reference"
+        )
+
+
+def _step(stored: Tensors, folder: Path) -> int:
+    """Updates taken, of which the optimizer keeps a count for each parameter.
+
+    Raises:
+        CheckpointError: the counts do not agree, or are none.
+    """
+    state_file, step = folder / _STATE_FILE, _step_of(folder)
+    counts = {_count(name, tensor, folder) for name, tensor in _states(stored, _STEP).items()}
+    if state_file.is_file():
+        counts.add(_saved_step(state_file, step))
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"{folder}: the optimizer's states and {_STATE_FILE} count different steps, "
+            f"{', '.join(map(str, sorted(counts)))}: the files are of several checkpoints"
+        )
+    return counts.pop() if counts else step
+
+
+def _count(name: str, tensor: LazyTensor, folder: Path) -> int:
+    count = tensor.read().item() if math.prod(tensor.shape) == 1 else None
+    if count is None or not 0 <= count < 2**63 or count != int(count):
+        raise CheckpointError(f"{folder}: {_OPTIMIZER}{name}.{_STEP} is no number of steps")
+    return int(count)
 
 
 def _saved_step(path: Path, expected: int) -> int:

@@ -45,6 +45,24 @@ _MODEL = {"norm_eps": 1e-5, "rope_theta": 1e4, "max_seqlen": 1024, "weight_tying
 # Of theirs, ours; wsd and inverse square root follow other formulas there.
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant"}
 _BYTES = "ByteLevelTokenizer"
+# All that is read of the model, and what says how it was made.
+_KNOWN_OF_MODEL = {
+    *_MODEL,
+    "dim",
+    "ffn_dim_multiplier",
+    "head_dim",
+    "init_base_std",
+    "init_std_factor",
+    "multiple_of",
+    "n_heads",
+    "n_kv_heads",
+    "n_layers",
+    "productkey_args",
+    "seed",
+    "sliding_window",
+    "vocab_size",
+}
+_KNOWN_OF_MEMORY = {*_MEMORY, "is_enabled", "layers"}
 
 
 def config_of(params: dict[str, Any], weights: Tensors, path: Path) -> Config:
@@ -59,6 +77,7 @@ def config_of(params: dict[str, Any], weights: Tensors, path: Path) -> Config:
         CheckpointError: a setting is missing, or has no equal here.
     """
     try:
+        _check_known(params["model"])
         model = _MODEL | params["model"]
         config = Config(
             model=_model(model, weights),
@@ -74,6 +93,20 @@ def config_of(params: dict[str, Any], weights: Tensors, path: Path) -> Config:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: does not describe a model ({error!r})") from error
     return config
+
+
+def _check_known(model: dict[str, Any]) -> None:
+    """Refuse settings of another version of the reference, which may change the computation."""
+    keys = model.get("productkey_args") or {}
+    unknown = [name for name in model if name not in _KNOWN_OF_MODEL and model[name]]
+    unknown += [
+        f"productkey_args.{name}" for name in keys if name not in _KNOWN_OF_MEMORY and keys[name]
+    ]
+    if unknown:
+        raise ConfigurationError(
+            f"{', '.join(sorted(unknown))}: nothing is known of such settings here, and they may "
+            "change what the model computes. If they do not, remove them"
+        )
 
 
 def _model(model: dict[str, Any], weights: Tensors) -> ModelConfig:

@@ -20,10 +20,11 @@ from megatron_memory.config.pools import with_share_groups
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.dcp_files import StoredTensors, write_dcp
 from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.conversion.own_tokenizer import count_ids
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.tokenizer_files import copy_tokenizer
-from megatron_memory.data.tokenizers import build_tokenizer, num_ids, padded_vocab_size
-from megatron_memory.exceptions import CheckpointError, ConfigurationError, DataError
+from megatron_memory.data.tokenizers import padded_vocab_size
+from megatron_memory.exceptions import CheckpointError
 from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
@@ -157,7 +158,7 @@ def write_megatron(
         ConfigurationError: the model cannot be laid out so.
         CheckpointError, OSError: a tensor cannot be read, or the folder not be written.
     """
-    ids = _num_ids(state)
+    ids = count_ids(state)
     config = _config_for(state, save, layout, dtype)
     if config.data.vocab_size is not None and ids > state.vocab_size:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=ids))
@@ -182,24 +183,6 @@ def write_megatron(
         f"the tokenizer has ids up to {ids - 1}, and the model rows for {state.vocab_size} tokens: "
         "rows of zeros stand for the others. Train them before you use them"
     ]
-
-
-def _num_ids(state: SavedState) -> int:
-    """Ids that the model's tokenizer may give; 0 without one. It is built, so that no other file
-    that a configuration names is copied in its place.
-
-    Raises:
-        CheckpointError: it is no tokenizer.
-    """
-    if state.tokenizer is None:
-        return 0
-    data = state.config.data
-    kind = data.tokenizer_type or "HuggingFaceTokenizer"
-    size = data.vocab_size if kind == "TikTokenizer" else None
-    try:
-        return num_ids(build_tokenizer(kind, str(state.tokenizer), vocab_size=size))
-    except (ConfigurationError, DataError) as error:
-        raise CheckpointError(f"the checkpoint's tokenizer cannot be copied: {error}") from error
 
 
 def _with_divisible_batch(config: Config, layout: Layout) -> Config:

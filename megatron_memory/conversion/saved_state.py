@@ -9,6 +9,8 @@ from megatron_memory.conversion.lazy import LazyTensor
 from megatron_memory.training.checkpoint.generation import GenerationSettings
 
 Tensors = dict[str, LazyTensor]
+Twin = tuple[str, LazyTensor, LazyTensor]
+"""Name, and two tensors that must be the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class SavedState:
     """The folder or file of the tokenizer that came with it."""
     generation: GenerationSettings | None = None
     """Stop tokens, sampling and the like, where they came with it."""
-    twins: tuple[tuple[str, LazyTensor, LazyTensor], ...] = ()
+    twins: tuple[Twin, ...] = ()
     """Tensors that the format keeps more than once, to be the same: name, one, another."""
     notes: tuple[str, ...] = ()
     """What the format could not say, or what was left out: for the user."""

@@ -22,6 +22,7 @@ from typing import Any
 import megatron_memory.hf_model
 from megatron_memory.conversion.links import check_is_inside, files_of
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.reading.documents import read_json
 
 SETTINGS = "tokenizer_config.json"
 DEFINITION = "tokenizer.json"
@@ -150,15 +151,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     path = folder / SETTINGS
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return settings
+    return read_json(path, CheckpointError) if path.is_file() else {}
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -208,7 +201,7 @@ def _reads_alike_everywhere(
         return False
     if _prefix_space(made) not in (None, settings.get("add_prefix_space", False)):
         return False
-    stored = _normal_form(json.loads(path.read_text("utf-8")))
+    stored = _normal_form(read_json(path, CheckpointError))
     return all(stored.get(name) == part for name, part in made.items())
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
+TOKENIZER_HASH = "tokenizer_hash"
+"""Where a checkpoint's plain values have the hash of the training's tokenizer."""
+
 PROBE_TEXTS = (
     "",
     " ",

@@ -190,6 +190,14 @@ def num_ids_of(vocabulary: Mapping[str, int]) -> int:
     return max(vocabulary.values(), default=-1) + 1
 
 
+def ids_without_token(tokenizer: MegatronTokenizerBase) -> list[int]:
+    """Holes between a tokenizer's ids: no text gives them, and they have none."""
+    if tokenizer.library != "huggingface":
+        return []
+    ids = set(tokenizer._tokenizer.tokenizer.get_vocab().values())
+    return sorted(set(range(max(ids, default=-1))) - ids)
+
+
 def check_vocab_size(tokenizer: MegatronTokenizerBase, vocab_size: int | None) -> int:
     """Rows before padding: `vocab_size` where the run gives one, else the tokenizer's ids.
 

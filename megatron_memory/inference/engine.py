@@ -34,6 +34,7 @@ class InferenceEngine:
         vocab_size: tokens that may be chosen; the embedding's padding is beyond them.
         padded_vocab_size: rows of the embedding.
         stop_tokens: each ends a continuation; (): nothing but its length does.
+        never_chosen: ids below `vocab_size` that are no tokens.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class InferenceEngine:
         vocab_size: int,
         padded_vocab_size: int,
         stop_tokens: Sequence[int],
+        never_chosen: Sequence[int] = (),
     ):
         self._model = model
         self._vocab_size = vocab_size
         self._padded_vocab_size = padded_vocab_size
         self._stop_tokens = tuple(stop_tokens)
+        self._never_chosen = [number for number in never_chosen if number < vocab_size]
 
     def run(
         self,
@@ -107,7 +110,7 @@ class InferenceEngine:
             ),
             StaticInferenceContext(batch_size, num_positions),
         )
-        return _Controller(wrapper, self._stop_tokens, self._vocab_size)
+        return _Controller(wrapper, self._stop_tokens, self._vocab_size, self._never_chosen)
 
     def _parameters(self, sampling: Sampling, num_tokens: int) -> SamplingParams:
         parameters = SamplingParams(
@@ -123,17 +126,26 @@ class InferenceEngine:
 class _Controller(TextGenerationController):
     """Chooses in fp32, and never the vocabulary's padding, which megatron-core takes for tokens."""
 
-    def __init__(self, wrapper: GPTInferenceWrapper, stop_tokens: Sequence[int], vocab_size: int):
+    def __init__(
+        self,
+        wrapper: GPTInferenceWrapper,
+        stop_tokens: Sequence[int],
+        vocab_size: int,
+        never_chosen: list[int],
+    ):
         super().__init__(wrapper, _EndOfDocument(stop_tokens[0] if stop_tokens else None))
         self._stop_tokens = stop_tokens
         self._vocab_size = vocab_size
+        self._never_chosen = never_chosen
 
     def sample_from_logits(
         self, last_token_logits: Tensor, sampling_params: SamplingParams, *args, **kwargs
     ) -> Tensor:
-        chosen = super().sample_from_logits(
-            last_token_logits[:, : self._vocab_size].float(), sampling_params
-        )
+        logits = last_token_logits[:, : self._vocab_size].float()
+        if self._never_chosen:
+            logits = logits.clone()
+            logits[:, self._never_chosen] = float("-inf")
+        chosen = super().sample_from_logits(logits, sampling_params)
         # megatron-core knows one token that ends a text: the others become it.
         for token in self._stop_tokens[1:]:
             chosen = chosen.masked_fill(chosen == token, self._stop_tokens[0])

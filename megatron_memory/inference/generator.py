@@ -6,7 +6,12 @@ from collections.abc import Sequence
 import torch
 from megatron.core.transformer.module import Float16Module
 
-from megatron_memory.data.tokenizers import check_vocab_size, num_ids, padded_vocab_size
+from megatron_memory.data.tokenizers import (
+    check_vocab_size,
+    ids_without_token,
+    num_ids,
+    padded_vocab_size,
+)
 from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.inference.engine import InferenceEngine
 from megatron_memory.inference.options import ModelSource, Sampling
@@ -93,6 +98,7 @@ class Generator:
             vocab_size=self.num_tokens,
             padded_vocab_size=padded,
             stop_tokens=self._stop_tokens(saved.stop_tokens),
+            never_chosen=ids_without_token(self.tokenizer),
         )
 
     def _stop_tokens(self, more: Sequence[int]) -> tuple[int, ...]:

@@ -100,8 +100,9 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        # Objects whose state is still to come, by identity; held, so that no id is used again.
-        self.unfilled: dict[int, tuple[Any, Maker]] = {}
+        # Objects whose state is still to come, and whether it must, by identity; held, so that no
+        # id is used again.
+        self.unfilled: dict[int, tuple[Any, Maker, bool]] = {}
         self.is_done = False
         self._data = data
         self._find = find
@@ -121,8 +122,8 @@ class _Machine:
             operation(self)
         if self.position != len(data):
             raise UnsafeFile(f"{len(data) - self.position} bytes lie behind the end of its pickle")
-        for _, maker in self.unfilled.values():
-            if maker.new is not None:
+        for _, maker, is_required in self.unfilled.values():
+            if is_required:
                 raise UnsafeFile(f"a {maker.name} has no content")
         (value,) = self.stack
         return value
@@ -180,7 +181,7 @@ class _Machine:
             raise UnsafeFile(f"it calls {_called(maker)}, which no such file needs")
         made = maker.call(arguments)
         if maker.fill is not None:
-            self.unfilled[id(made)] = (made, maker)
+            self.unfilled[id(made)] = (made, maker, False)
         self.stack.append(made)
 
     def new(self) -> None:
@@ -190,13 +191,13 @@ class _Machine:
             raise UnsafeFile(f"it makes a new {_called(maker)}, which no such file needs")
         made = maker.new()
         if maker.fill is not None:
-            self.unfilled[id(made)] = (made, maker)
+            self.unfilled[id(made)] = (made, maker, True)
         self.stack.append(made)
 
     def fill(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        _, maker = self.unfilled.pop(id(target), (None, None))
+        _, maker, _ = self.unfilled.pop(id(target), (None, None, False))
         if maker is None or maker.fill is None:
             raise UnsafeFile(f"it changes {_called(target)}, which no such file needs")
         maker.fill(target, state)

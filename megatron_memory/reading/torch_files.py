@@ -288,7 +288,57 @@ def _attributes(_: dict, state: Any) -> None:
     check_extent(state, _MOST_ATTRIBUTES)
 
 
+class _Opaque:
+    """What torch makes of it, where megatron-core has told it that it may."""
+
+
+def _opaque(name: str, call: Callable[[tuple[Any, ...]], Any] | None = None) -> Maker:
+    return Maker(
+        name=name,
+        call=call or (lambda arguments: _Opaque()),
+        new=_Opaque,
+        fill=lambda made, state: check_extent(state, _MOST_ATTRIBUTES),
+    )
+
+
+def _array(arguments: tuple[Any, ...]) -> _Opaque:
+    """An empty array, which gets its numbers afterwards."""
+    if arguments[1:] != ((0,), b"b"):
+        raise UnsafeFile("a NumPy array that is made of something")
+    return _Opaque()
+
+
+def _numpy_type(arguments: tuple[Any, ...]) -> _Opaque:
+    if not all(type(part) is bool for part in arguments[1:]) or len(_text(arguments[:1])) > 3:
+        raise UnsafeFile("a NumPy type that is none of numbers")
+    return _Opaque()
+
+
+# Of megatron-core's `safe_globals`: what Megatron-LM's own checkpoints have in common.pt, and
+# Transformer Engine's layers as their extra state.
+_OPAQUE = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+    "signal": ("Signals",),
+    "io": ("BytesIO",),
+    "_io": ("BytesIO",),
+    "megatron.core.enums": ("ModelType",),
+    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
+    "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState"),
+    "megatron.core.transformer.enums": ("AttnBackend", "CudaGraphScope"),
+    "numpy": ("ndarray",),
+    "numpy.dtypes": ("UInt32DType",),
+}
+
+
 def _makers() -> Iterator[Maker]:
+    for module, names in _OPAQUE.items():
+        yield from (_opaque(f"{module}.{name}") for name in names)
+    yield _opaque("numpy.core.multiarray._reconstruct", _array)
+    yield _opaque("numpy._core.multiarray._reconstruct", _array)
+    yield _opaque("numpy.dtype", _numpy_type)
     yield Maker(name="torch._utils._rebuild_tensor_v2", call=_tensor)
     yield Maker(name="torch._utils._rebuild_tensor_v3", call=_typed_tensor)
     yield Maker(name="torch._utils._rebuild_parameter", call=_parameter)

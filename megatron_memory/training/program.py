@@ -6,6 +6,7 @@ import torch
 
 from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
+from megatron_memory.data.tokenizer_hash import TOKENIZER_HASH, hash_of
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
 from megatron_memory.planning.copies import copies_notes
 from megatron_memory.planning.fit import check_parameters_fit
@@ -30,6 +31,7 @@ from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.shared import check_save_is_shared
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.progress import Console
+from megatron_memory.training.ranks.watch import RankWatch
 from megatron_memory.training.rewinding import Rewinder
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
@@ -68,13 +70,16 @@ def run_training(config: Config, backend: Backend, on_step: OnStep | None = None
     )
     if config.checkpoint.save is not None:
         check_save_is_shared(Path(config.checkpoint.save))
-    with only_writer(config.checkpoint, console.say) as lease:
+    with (
+        RankWatch(config.parallel.rank_timeout, Path(config.checkpoint.save or ".")) as watch,
+        only_writer(config.checkpoint, console.say) as lease,
+    ):
         trainer = _build_trainer(
-            config, backend, console, tokenizer, (vocab_size, padded), lease, on_step
+            config, backend, console, tokenizer, (vocab_size, padded), lease, on_step, watch
         )
         exit_code = trainer.run()
-    # torchrun ends all ranks as soon as one of them has ended with another code than 0.
-    torch.distributed.barrier()
+        # torchrun ends all ranks as soon as one of them has ended with another code than 0.
+        torch.distributed.barrier()
     return exit_code
 
 
@@ -86,6 +91,7 @@ def _build_trainer(
     vocab_sizes: tuple[int, int],
     lease: Lease | None,
     on_step: OnStep | None,
+    watch: RankWatch,
 ) -> Trainer:
     """`vocab_sizes`: before and after padding."""
     vocab_size, padded = vocab_sizes
@@ -111,7 +117,8 @@ def _build_trainer(
     saver, rewind = None, None
     if config.checkpoint.save is not None:
         kept = {} if found is None else carried(found.common)
-        saver = CheckpointSaver(setup, vocab_size, lease, kept)
+        kept[TOKENIZER_HASH] = hash_of(tokenizer)
+        saver = CheckpointSaver(setup, vocab_size, lease, console.say, kept)
         start = None if config.checkpoint.finetune else found
         rewind = Rewinder(setup, saver, start, vocab_size, console.say)
     # From here on there is something to save. Before, a signal ends the program at once.
@@ -124,6 +131,7 @@ def _build_trainer(
         saver=saver,
         signals=signals,
         console=console,
+        watch=watch,
         padded_vocab_size=padded,
         rewind=rewind,
         on_step=on_step,

@@ -9,7 +9,7 @@ import torch
 
 from megatron_memory.data.datasets import Datasets, Samples
 from megatron_memory.data.loader import batch_iterator
-from megatron_memory.exceptions import TrainingError
+from megatron_memory.exceptions import CheckpointError, TrainingError
 from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.runtime.distributed import seed_step
 from megatron_memory.training.bad_steps import BadSteps, LossSpikes, Rewind
@@ -21,6 +21,7 @@ from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.finite import check_finite
 from megatron_memory.training.metrics import Interval, Report
 from megatron_memory.training.progress import Console, duration, report_line
+from megatron_memory.training.ranks.watch import RankWatch
 from megatron_memory.training.setup import TrainingSetup, sample_group, whole_weights
 from megatron_memory.training.step import Batch, StepResult, evaluate_loss, train_step
 from megatron_memory.training.stopping import SignalCatcher, Stop, StopChecker
@@ -43,6 +44,7 @@ class Trainer:
         saver: None where nothing is saved.
         signals: of this rank.
         console: where to report.
+        watch: entered; told of progress.
         padded_vocab_size: of the model, for its FLOPs.
         rewind: what `--on-bad-step rewind` calls; None where there is nothing to go back to.
         on_step: called on every rank with each iteration's number and result.
@@ -58,6 +60,7 @@ class Trainer:
         saver: CheckpointSaver | None,
         signals: SignalCatcher,
         console: Console,
+        watch: RankWatch,
         padded_vocab_size: int,
         rewind: Rewind | None = None,
         on_step: OnStep | None = None,
@@ -67,7 +70,7 @@ class Trainer:
         self.position = position
         self._training, self._config = setup.config.training, setup.config
         self._datasets, self._saver, self._console = datasets, saver, console
-        self._on_step = on_step
+        self._on_step, self._watch = on_step, watch
         self._world_size = torch.distributed.get_world_size()
         self._num_microbatches = setup.config.num_microbatches(self._world_size)
         self._flops_per_token = sum(flops_per_token(setup.config, padded_vocab_size).values())
@@ -92,7 +95,8 @@ class Trainer:
 
         Raises:
             TrainingError: a loss, gradient or weight is not finite, or ranks' copies differ.
-            CheckpointError: a checkpoint could not be written.
+            SaveError: checkpoints could not be written.
+            CheckpointError: another run writes to --save now.
         """
         self._started, self._start_iteration = time.monotonic(), self.position.iteration
         self._console.start(self.position.iteration, self._training.train_iters)
@@ -101,6 +105,10 @@ class Trainer:
             if stop is None:
                 stop = self._run_steps()
             stop = self._finish(stop)
+        except TrainingError:
+            # All ranks meet it, so that together they can complete what is being written.
+            self._complete_pending_save()
+            raise
         finally:
             self._console.stop()
             self._curves.close()
@@ -127,7 +135,8 @@ class Trainer:
             if self._is_due(self._config.checkpoint.save_interval) or stop:
                 self._save()
             elif self._saver is not None:
-                self._saver.poll()
+                with self._watch.phase("saving"):
+                    self._saver.poll()
             if stop:
                 return stop
         return None
@@ -142,6 +151,7 @@ class Trainer:
             iteration=self.position.iteration + 1,
             consumed_samples=self.position.consumed_samples + self._training.global_batch_size,
         )
+        self._watch.advance(self.position.iteration)
         self._judge(result, time.perf_counter() - began)
         self._console.advance(self.position.iteration)
         if self._on_step is not None:
@@ -155,7 +165,8 @@ class Trainer:
         if self._saver is not None:
             spike = self._spikes.spike
             self._saver.keep_before = None if spike is None else spike.first_iteration
-        self._bad_steps.look(iteration, result)
+        with self._watch.phase("rewinding" if result.skipped else "training"):
+            self._bad_steps.look(iteration, result)
         if self._is_due(self._training.check_replicas_interval):
             self._check_replicas()
 
@@ -168,7 +179,7 @@ class Trainer:
 
     def _batches(self, dataset: Samples, consumed_samples: int) -> Iterator[Batch]:
         group = sample_group()
-        return batch_iterator(
+        batches = batch_iterator(
             dataset,
             consumed_samples=consumed_samples,
             micro_batch_size=self._training.micro_batch_size,
@@ -176,6 +187,9 @@ class Trainer:
             data_parallel_size=group.size(),
             num_workers=self._config.data.num_workers,
         )
+        for batch in batches:
+            self._watch.advance()
+            yield batch
 
     def _report(self) -> None:
         interval, config, device = self._interval, self._config, self.setup.backend.device
@@ -219,7 +233,7 @@ class Trainer:
         began = time.perf_counter()
         self._usage.turn(on=False)
         try:
-            with whole_weights(self.setup):
+            with self._watch.phase("evaluating"), whole_weights(self.setup):
                 loss = evaluate_loss(
                     self.setup,
                     self._batches(dataset, consumed_samples=0),
@@ -252,17 +266,29 @@ class Trainer:
         if self._saver is None or self._last_saved == self.position:
             return
         began = time.perf_counter()
-        with whole_weights(self.setup):
+        folder = None
+        with self._watch.phase("saving"), whole_weights(self.setup):
             damage = self._find_damage()
             if damage is None:
                 check_replicas(self.setup, self.position.iteration)
                 folder = self._saver.save(self.position, self._record())
         if damage is not None:
-            self._bad_steps.look_at_damage(damage)
+            with self._watch.phase("rewinding"):
+                self._bad_steps.look_at_damage(damage)
+        if folder is None:
             return
         self._last_saved = self.position
         how = "is being saved in the background" if self._config.checkpoint.async_save else "saved"
         self._console.say(f"{folder} {how} ({time.perf_counter() - began:.1f} s)")
+
+    def _complete_pending_save(self) -> None:
+        if self._saver is None:
+            return
+        try:
+            with self._watch.phase("saving"):
+                self._saver.finish()
+        except CheckpointError as error:
+            self._console.say(f"{type(error).__name__}: {error}")
 
     def _record(self) -> dict[str, Any]:
         """What a run that goes on must know, beyond the training's state."""
@@ -285,7 +311,8 @@ class Trainer:
             stop = self._evaluate_at_end()
             self._save()
         if self._saver is not None:
-            self._saver.finish()
+            with self._watch.phase("saving"):
+                self._saver.close()
         if stop is not None:
             saved = "nothing is saved without --save" if self._saver is None else "saved"
             if self.position.iteration == 0:

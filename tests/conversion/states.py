@@ -69,7 +69,7 @@ def golden_checkpoint(name: str) -> Path:
 
 
 def conversion(
-    source: str, load: Path, target: str, save: Path, *, verify: bool = False, **options: Any
+    source: str, load: Path, target: str, save: Path, *, verify: bool | None = False, **options: Any
 ) -> Conversion:
     """What the tool makes of its command line."""
     return Conversion(

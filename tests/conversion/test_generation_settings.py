@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from megatron_memory.conversion import convert as convert_module
 from megatron_memory.conversion.convert import convert
 from megatron_memory.conversion.generation_settings import check_same_generation, read_generation
 from megatron_memory.conversion.hf import read_config, read_hf, write_hf
@@ -90,9 +91,41 @@ def test_through_a_training_and_back(model, tmp_path):
         text = "In 1984 the club had 12,500 members."
         ids = [AutoTokenizer.from_pretrained(f)(text).input_ids for f in (folder, model)]
         assert ids[0] == ids[1]
+    _check_that_a_changed_tokenizer_is_noticed(tmp_path)
     trained = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     # The ids of the data that the model had no rows for are trained, one between them is not.
     assert trained[4090].abs().max() > 0 and trained[4092].abs().max() == 0
+
+
+def _check_that_a_changed_tokenizer_is_noticed(folder: Path) -> None:
+    """The training wrote down what its tokenizer did."""
+    definition = folder / "in" / "tokenizer" / "tokenizer.json"
+    kept = definition.read_text()
+    values = json.loads(kept)
+    values["normalizer"] = {"type": "Lowercase"}
+    definition.write_text(json.dumps(values))
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match="not the tokenizer that the model was trained with"):
+        convert(conversion("megatron", folder / "run", "hf", folder / "other"), told.append)
+    named = str(definition.parent)
+    convert(
+        conversion("megatron", folder / "run", "hf", folder / "other", tokenizer_model=named),
+        told.append,
+    )
+    assert any("is not the tokenizer that" in line for line in told)
+    definition.write_text(kept)
+
+
+@pytest.mark.parametrize(("verify", "is_compared"), [(None, True), (False, False)])
+def test_files_of_a_large_model_are_compared_all_the_same(
+    verify, is_compared, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(convert_module, "_VERIFIED_BY_ITSELF", 0)
+    told: list[str] = []
+    convert(conversion("hf", model, "hf", tmp_path / "out", verify=verify), told.append)
+    assert any("verified: the tokenizer" in line for line in told) == is_compared
+    assert any("verified: 9 generation settings" in line for line in told) == is_compared
+    assert not any("bit for bit" in line for line in told)
 
 
 def test_without_the_file_none_is_made(model, tmp_path):

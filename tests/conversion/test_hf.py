@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_memory.conversion.convert import convert
-from megatron_memory.conversion.evaluate import megatron_logits, state_logits
+from megatron_memory.conversion.evaluate import hf_logits, megatron_logits, state_logits
 from megatron_memory.conversion.hf import read_hf, write_hf
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
@@ -110,12 +110,76 @@ def test_window_limits_the_positions(tmp_path: Path):
     assert any("sliding_window 50" in note for note in state.notes)
 
 
-def test_tied_output_that_is_stored_all_the_same(tmp_path: Path):
-    save_hf_model("qwen3", tmp_path)
+def _two_heads(folder: Path, change) -> None:
+    """A tied model whose stored tensors are changed."""
+    save_hf_model("qwen3", folder)
+    stored = load_file(folder / "model.safetensors")
+    save_file(change(stored), folder / "model.safetensors", {"format": "pt"})
+
+
+def _only_head(stored):
+    return {
+        "lm_head.weight" if name == "model.embed_tokens.weight" else name: tensor
+        for name, tensor in stored.items()
+    }
+
+
+def _with_head(stored, factor: float = 1.0):
+    return stored | {"lm_head.weight": stored["model.embed_tokens.weight"] * factor}
+
+
+@pytest.mark.parametrize(
+    ("change", "is_tied", "note"),
+    [
+        (_with_head, True, None),
+        (lambda stored: _with_head(stored, 1.5), False, "both are used"),
+        (_only_head, True, "is the embedding as well"),
+    ],
+)
+def test_a_tied_flag_and_a_head_of_its_own(change, is_tied, note, tmp_path: Path):
+    """The model is what transformers makes of the folder, before and after."""
+    _two_heads(tmp_path / "in", change)
+    state = read_hf(tmp_path / "in")
+    assert ("output_layer.weight" not in state.weights) == is_tied
+    assert state.config.model.untie_embeddings_and_output_weights != is_tied
+    assert (note is None and not state.notes) or note in state.notes[0]
+    (tmp_path / "out").mkdir()
+    write_hf(state, tmp_path / "out")
+    expected, back = (
+        hf_logits(tmp_path / folder, torch.float32, TOKENS) for folder in ("in", "out")
+    )
+    assert torch.equal(expected, back)
+
+
+def _frequencies(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The rotary frequencies that transformers computes, as old versions stored them."""
+    made = save_hf_model(name, folder).model.rotary_emb.inv_freq
+    names = ("model.rotary_emb", *(f"model.layers.{n}.self_attn.rotary_emb" for n in range(2)))
+    return {f"{n}.inv_freq": made.clone() for n in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen3"])
+def test_stored_frequencies_are_compared(name, dtype, tmp_path: Path):
+    more = {n: t.to(dtype) for n, t in _frequencies(tmp_path, name).items()}
     stored = load_file(tmp_path / "model.safetensors")
-    twice = stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
-    save_file(twice, tmp_path / "model.safetensors", {"format": "pt"})
-    assert "output_layer.weight" not in read_hf(tmp_path).weights
+    save_file(stored | more, tmp_path / "model.safetensors", {"format": "pt"})
+    assert read_hf(tmp_path).weights
+    wrong = dict(more)
+    wrong["model.layers.1.self_attn.rotary_emb.inv_freq"][3] *= 1.1
+    save_file(stored | wrong, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="layers.1.self_attn.rotary_emb.*other rotary"):
+        read_hf(tmp_path)
+
+
+def test_every_entry_of_a_configuration_is_accounted_for(tmp_path: Path):
+    """Unknown ones without effect are left alone, and a training's is said."""
+    save_hf_model("llama", tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    harmless = {"attn_logit_softcapping": None, "use_new_thing": False, "attention_dropout": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(values | harmless))
+    (note,) = read_hf(tmp_path).notes
+    assert "attention_dropout 0.1" in note
 
 
 @pytest.mark.parametrize(
@@ -133,6 +197,14 @@ def test_tied_output_that_is_stored_all_the_same(tmp_path: Path):
             "llama",
             {"partial_rotary_factor": None, "rope_parameters": {"partial_rotary_factor": 0.5}},
             ("partial_rotary_factor",),
+        ),
+        ("llama", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping 50.0", "remove")),
+        ("llama", {"quantization_config": {"bits": 4}}, ("quantization_config",)),
+        ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, ("linear_attention",)),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 4]}},
+            ("mrope_section",),
         ),
         ("llama", {"num_hidden_layers": 3}, ("model.layers.2.", "lacks")),
         ("llama", {"num_hidden_layers": 10**12}, ("tensors, too few",)),

@@ -46,12 +46,14 @@ def _train(folder: Path, **options) -> Path:
     return folder / "spm.model"
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sentencepiece_gives_the_same_tokens_in_transformers(kind, tmp_path):
+def test_sentencepiece_gives_the_same_tokens_in_transformers(kind, model_type, tmp_path):
     file = _train(tmp_path, **KINDS[kind])
     folder = tmp_path / "out"
     folder.mkdir()
-    written = write_tokenizer(_state(file), folder, "llama")
+    written = write_tokenizer(_state(file), folder, model_type)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert written.is_there and written.note is None
     original = sentencepiece.SentencePieceProcessor(model_file=str(file))
     exported = AutoTokenizer.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from megatron_memory.config import CheckpointConfig
 from megatron_memory.conversion.convert import convert
 from megatron_memory.conversion.dcp_files import StoredTensors
 from megatron_memory.conversion.evaluate import megatron_logits, state_logits
-from megatron_memory.conversion.lingua import lingua_rules, read_lingua
+from megatron_memory.conversion.lingua import lingua_rules, read_lingua, write_lingua
 from megatron_memory.conversion.lingua_params import params_of
 from megatron_memory.conversion.megatron import read_megatron
+from megatron_memory.conversion.verify import check_twins
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.checksums import write_sums
 from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.conversion.states import assert_same_tensors, conversion, golden_checkpoint, read_all
 from tests.distributed import run_ranks
@@ -108,17 +112,41 @@ def test_optimizer_state_is_that_of_our_training(name: str, tmp_path: Path):
 
 def test_run_directory_means_its_newest_checkpoint(tmp_path: Path):
     runs = tmp_path / "checkpoints"
-    for name, step in (("peer", 8), ("memory_plus", 24)):
-        shutil.copytree(golden_checkpoint(name), runs / f"{step:010d}")
-        position = runs / f"{step:010d}" / "train_state_00000.json"
-        position.write_text(position.read_text().replace('"step": 24', f'"step": {step}'))
+    shutil.copytree(golden_checkpoint("memory_plus"), runs / "0000000024")
+    older = dataclasses.replace(read_lingua(golden_checkpoint("peer")), iteration=8)
+    write_lingua(older, tmp_path)
     assert read_lingua(tmp_path).config.memory.variant == "memory+"
     assert read_lingua(runs / "0000000008").config.memory.variant == "peer"
+
+
+def test_an_optimizer_of_another_step_is_refused(tmp_path: Path):
+    """Its corrections would be those of the wrong step."""
+    folder = tmp_path / "0000000023"
+    shutil.copytree(golden_checkpoint("peer"), folder)
+    position = folder / "train_state_00000.json"
+    position.write_text(position.read_text().replace('"step": 24', '"step": 23'))
+    with pytest.raises(CheckpointError, match="count different steps, 23, 24"):
+        read_lingua(folder)
+
+
+def test_copies_of_a_shared_table_are_compared_without_verification(tmp_path: Path):
+    """Weights and the optimizer's states alike: the reference stores each with every layer."""
+    state = read_lingua(golden_checkpoint("memory_plus"))
+    damaged = [dataclasses.replace(state, twins=(twin,)) for twin in state.twins]
+    assert damaged
+    for one in damaged:
+        ((name, table, copy),) = one.twins
+        other = dataclasses.replace(copy, read_rows=lambda b, e, c=copy: c.read_rows(b, e) + 1)
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            check_twins(dataclasses.replace(one, twins=((name, table, other),)))
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
+        ({"new_gate": 2.0}, "new_gate: nothing is known"),
+        ({"vocab_size": 300}, "vocab_size 300, and the embedding has 258 rows"),
+        ({"productkey_args": {"is_enabled": True, "mem_new": 1}}, "productkey_args.mem_new"),
         ({"sliding_window": 512}, "sliding_window 512"),
         ({"rope_theta": 10000.5}, "rope_theta 10000.5"),
         ({"n_layers": 5}, "layers.4.attention_norm.weight"),
@@ -147,6 +175,7 @@ def test_models_that_the_reference_lacks_are_refused(flag: str, tmp_path: Path):
     (config,) = tmp_path.glob("megatron/iter_*/config.yaml")
     key = flag.removeprefix("--").replace("-", "_")
     config.write_text(config.read_text().replace(f"{key}: false", f"{key}: true"))
+    write_sums(config.parent, CheckpointConfig().checksums)
     with pytest.raises(CheckpointError, match=flag):
         convert(conversion("megatron", tmp_path / "megatron", "lingua", tmp_path / "out"), print)
     assert not (tmp_path / "out").exists()

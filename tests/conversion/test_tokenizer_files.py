@@ -1,5 +1,6 @@
 """A copied tokenizer gives the original's ids, as transformers builds it where the copy lies."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
+from megatron_memory.conversion.hf import read_hf, write_hf
 from megatron_memory.conversion.hf_families import FAMILIES
 from megatron_memory.conversion.hf_memory import MODEL_TYPE, register
 from megatron_memory.conversion.tokenizer_check import TEXTS, check_same_tokenizer
 from megatron_memory.conversion.tokenizer_files import AS_TRAINED, copy_tokenizer, tokenizer_files
+from megatron_memory.conversion.verify_files import check_files
 from megatron_memory.exceptions import CheckpointError
+from tests.conversion.states import save_hf_model
 from tests.conversion.tokenizers_of_many_kinds import KINDS
 
 
@@ -91,3 +95,22 @@ def test_a_copy_that_differs_is_named(file, change, reason, originals, tmp_path)
     (folder / file).write_text(text.replace(*change))
     with pytest.raises(CheckpointError, match=reason):
         check_same_tokenizer(originals["added-tokens"], folder, None)
+
+
+def test_an_exported_model_has_the_tokenizer_that_it_was_trained_with(originals, tmp_path):
+    """The type of model that a dense one with --add-qkv-bias becomes, and its verification."""
+    save_hf_model("qwen2", tmp_path / "in")
+    tokenizer = originals["digits-in-threes"]
+    state = dataclasses.replace(read_hf(tmp_path / "in"), tokenizer=tokenizer)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_hf(state, folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2"
+    assert _ids(folder) == _ids(tokenizer)
+    (line, _) = check_files(state, "hf", folder)
+    assert "texts in many scripts, and special tokens" in line
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["auto_map"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="pre_tokenizer differ"):
+        list(check_files(state, "hf", folder))

@@ -13,6 +13,7 @@ from megatron_memory.data.tokenizers import (
     build_tokenizer,
     check_vocab_size,
     end_of_document,
+    ids_without_token,
     num_ids,
     padded_vocab_size,
 )
@@ -134,6 +135,7 @@ def test_ids_with_holes_count_to_the_largest(tmp_path):
     tokenizer = build_tokenizer("HuggingFaceTokenizer", folder)
     assert tokenizer.vocab_size == 4096
     assert num_ids(tokenizer) == check_vocab_size(tokenizer, None) == 70001
+    assert ids_without_token(tokenizer) == list(range(4095, 70000))
     with pytest.raises(ConfigurationError, match="ids up to 70000.*at least 70001"):
         check_vocab_size(tokenizer, 70000)
     options = PreprocessOptions(

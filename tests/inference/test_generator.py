@@ -208,18 +208,26 @@ def _ended_texts(generator):
     """Texts without an end, and those that a token of the first one's middle ends."""
     prompts = [tokens_of(prompt) for prompt in PROMPTS]
 
-    def run(end):
+    def run(*ends, **options):
         engine = InferenceEngine(
             generator.model,
             vocab_size=VOCAB,
             padded_vocab_size=128,
-            stop_tokens=() if end is None else (end,),
+            stop_tokens=ends,
+            **options,
         )
         return engine.run(prompts, NUM_TOKENS, GREEDY, 8)
 
-    endless = run(None)
-    unique = [t for t in endless[0] if t not in endless[1]]
-    return endless, unique[0], run(unique[0])
+    endless = run()
+    end = next(t for t in endless[0] if t not in endless[1])
+    other = next(t for t in range(VOCAB) if not any(t in text for text in endless))
+    return {
+        "endless": endless,
+        "end": end,
+        "ended": run(end),
+        "two ends": run(other, end),
+        "never chosen": run(never_chosen=[end, VOCAB + 7]),
+    }
 
 
 def _texts(generator):
@@ -287,10 +295,20 @@ def test_sampling_follows_the_softmax_at_the_temperature(memory_model, temperatu
 
 
 def test_an_end_of_document_ends_its_own_text_only(memory_model):
-    endless, end, ended = memory_model[1]["ended"]
+    texts = memory_model[1]["ended"]
+    endless, end, ended = (texts[name] for name in ("endless", "end", "ended"))
     assert all(len(text) == NUM_TOKENS for text in endless)
     assert ended == [text[: text.index(end)] if end in text else text for text in endless]
     assert len(ended[0]) < NUM_TOKENS == len(ended[1])
+    assert texts["two ends"] == ended
+
+
+def test_an_id_that_is_no_token_is_never_chosen(memory_model):
+    texts = memory_model[1]["ended"]
+    before = [text[: text.index(texts["end"])] for text in texts["endless"] if texts["end"] in text]
+    assert not any(texts["end"] in text for text in texts["never chosen"])
+    assert texts["never chosen"][0][: len(before[0])] == before[0]
+    assert all(len(text) == NUM_TOKENS for text in texts["never chosen"])
 
 
 def test_texts_and_lengths(memory_model):

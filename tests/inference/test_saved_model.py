@@ -71,7 +71,7 @@ def test_a_missing_iteration(folder):
 
 def test_a_checkpoint_without_configuration(folder):
     (folder / "iter_0000010" / "config.yaml").unlink()
-    with pytest.raises(CheckpointError, match=r"config.yaml is missing$"):
+    with pytest.raises(CheckpointError, match=r"config.yaml is missing. Complete is iteration 5"):
         find(folder)
     write_sums(folder / "iter_0000010", "xxh3_128")
     with pytest.raises(CheckpointError, match=r"config.yaml is missing, which describes the model"):
@@ -123,7 +123,7 @@ def _error_of_loading(folder, **fields):
 
 def _errors_of_loading(folder):
     return [
-        _error_of_loading(folder, tokenizer_type="ByteLevelTokenizer"),
+        _error_of_loading(folder, tokenizer_type="ByteLevelTokenizer", iteration=5),
         _error_of_loading(folder, iteration=10),
     ]
 

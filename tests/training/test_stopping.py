@@ -17,6 +17,9 @@ from tests.training.tiny_runs import change, run, tiny_config
 
 
 def _signal_one_rank(config: Config, signum: int) -> tuple[int, list[int]]:
+    # A shell that runs the tests in the background has SIGINT ignored, which is respected.
+    signal.signal(signum, signal.SIG_DFL)
+
     def send(iteration, result):
         if iteration == 3 and torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signum)

@@ -98,6 +98,8 @@ def run_grow(command: Grow, notify: Notify) -> None:
                     seed=seed,
                 ),
             )
+            if state.usage:
+                notify("note: the counts of slots read begin anew, for the slots are others")
             _tell_top_k(grown, notify)
         after = _write(grown, command.checkpoints, folder, notify)
         change = _measure(state, after, command.checking, notify)
@@ -135,6 +137,8 @@ def _read(checkpoints: Checkpoints, notify: Notify) -> SavedState:
     for note in state.notes:
         notify(f"note: {note}")
     if checkpoints.weights_only:
+        if state.usage:
+            notify("note: --weights-only leaves the counts of slots read out, too")
         state = state.without_optimizer()
     memory = dataclasses.replace(state.config.memory, parallel_size=1)
     config = dataclasses.replace(state.config, memory=memory, parallel=ParallelConfig())

@@ -94,8 +94,10 @@ def check_data_order(found: Found, config: Config, train: Samples | None, notify
     Raises:
         CheckpointError: on every rank: the data or its order is not the checkpoint's.
     """
+    if config.checkpoint.finetune or train is None:
+        return
     consumed, done = found.common["consumed_samples"], found.common["iteration"]
-    if config.checkpoint.finetune or train is None or done >= config.training.train_iters:
+    if done >= config.training.train_iters:
         return
     saved = found.common.get(DATA_ORDER)
     if saved is None:

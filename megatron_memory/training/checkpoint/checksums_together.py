@@ -45,13 +45,16 @@ def _write_and_sum(
     write, folder: Path, rank: int, algorithm: str, threads: int, *args, **kwargs
 ) -> None:
     write(*args, **kwargs)
-    # An error of this rank alone would leave the others waiting. What lacks a sum is read by rank 0
-    # before the checkpoint has its name, and there an error is all ranks'.
-    with contextlib.suppress(OSError):
+    part = folder / f"{_PART}{rank}"
+    try:
         # torch names a rank's files by it.
         names = [file.name for file in folder.glob(f"__{rank}_*")]
-        sums = sum_files(folder, names, algorithm, threads)
-        (folder / f"{_PART}{rank}").write_bytes(encode(sums))
+        part.write_bytes(encode(sum_files(folder, names, algorithm, threads)))
+    # On a full disk, say. Raised here it would leave the other ranks waiting; so rank 0 sums these
+    # files, and hears of the disk itself.
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def join_sums(folder: Path, algorithm: str) -> None:

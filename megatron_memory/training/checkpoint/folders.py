@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.reading.documents import read_bounded
+from megatron_memory.reading.pickles import UnsafeFile
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "config.yaml"
@@ -16,6 +18,8 @@ CONFIG_FILE = "config.yaml"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _INCOMPLETE = ".incomplete"
 _REPLACED = ".replaced"
+_LONGEST_TRACKER = 100
+"""Bytes."""
 _LEFTOVER = re.compile(rf"iter_\d{{7,}}{re.escape(_INCOMPLETE)}(\..+)?")
 
 
@@ -58,11 +62,14 @@ def read_tracker(root: Path) -> int | None:
         CheckpointError: the tracker does not hold a number.
     """
     try:
-        text = (root / TRACKER).read_text("utf-8").strip()
+        text = read_bounded(root / TRACKER, _LONGEST_TRACKER).decode("ascii").strip()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{root / TRACKER} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, UnsafeFile) as error:
+        raise CheckpointError(
+            f"{root / TRACKER} cannot be read: {error}. Write the iteration of a complete "
+            f"checkpoint into it: {_listed(saved_iterations(root))}"
+        ) from error
     if not text.isdecimal():
         raise CheckpointError(
             f"{root / TRACKER} says {text[:40]!r}, which is not an iteration. Write the iteration "

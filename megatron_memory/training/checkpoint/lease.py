@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.runtime.processes import machine, started
 
 LEASE_FILE = "writer.json"
 _SECONDS_BETWEEN_BEATS = 5.0
@@ -103,6 +104,9 @@ class Lease:
         while not self._released.wait(_SECONDS_BETWEEN_BEATS):
             # A disk that fails for a while is no reason to end here: `require` finds what was lost.
             with contextlib.suppress(OSError):
+                seen = _read(self.path)
+                if seen is None or seen[0] != self.owner:
+                    return
                 os.utime(self.path)
 
     def _create(self) -> bool:
@@ -122,7 +126,7 @@ class Lease:
     def _require_dead(self, owner: Owner | None, beat: float, say: Callable[[str], None]) -> None:
         here = self.owner
         if owner is not None and owner.machine == here.machine:
-            alive = owner.pid != here.pid and _started(owner.pid) == owner.started
+            alive = owner.pid != here.pid and started(owner.pid) == owner.started
         else:
             alive = self._hear(owner, beat, say)
         if alive:
@@ -168,38 +172,10 @@ def _this_process() -> Owner:
     return Owner(
         run=uuid.uuid4().hex[:12],
         host=socket.gethostname(),
-        machine=_machine(),
+        machine=machine(),
         pid=os.getpid(),
-        started=_started(os.getpid()),
+        started=started(os.getpid()),
     )
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _started(pid: int) -> str:
-    """When a process started; empty where none of that number runs."""
-    try:
-        # The command's name, which comes before, may hold anything.
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-    except OSError:
-        return "" if Path("/proc/self/stat").exists() else _started_without_proc(pid)
-    return "" if fields[0] in "ZX" else fields[19]
-
-
-def _started_without_proc(pid: int) -> str:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "unknown"
 
 
 def _read(path: Path) -> tuple[Owner | None, float] | None:

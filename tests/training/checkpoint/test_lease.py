@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.runtime import processes
 from megatron_memory.training.checkpoint import lease
 from megatron_memory.training.checkpoint.lease import LEASE_FILE, Lease
 
@@ -38,7 +39,7 @@ def process():
 
 
 def test_living_process_keeps_it_however_long_it_is_silent(tmp_path: Path, process):
-    file = _hold(tmp_path, pid=process.pid, started=lease._started(process.pid))
+    file = _hold(tmp_path, pid=process.pid, started=processes.started(process.pid))
     os.utime(file, (0, 0))
     with pytest.raises(CheckpointError, match=f"another run writes there .run other.*{LEASE_FILE}"):
         Lease(tmp_path)
@@ -46,11 +47,11 @@ def test_living_process_keeps_it_however_long_it_is_silent(tmp_path: Path, proce
 
 
 def test_dead_process_and_a_number_used_again(tmp_path: Path, process):
-    living = process.pid, lease._started(process.pid)
+    living = process.pid, processes.started(process.pid)
     process.kill()
     # Not waited for: a zombie writes nothing.
     deadline = time.monotonic() + 10
-    while lease._started(process.pid) and time.monotonic() < deadline:
+    while processes.started(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     for pid, started in (living, (os.getppid(), "1"), (2**22 + 5, "1")):
         _hold(tmp_path, pid=pid, started=started)
@@ -117,6 +118,9 @@ def test_lost_or_deleted_lease_is_noticed_and_not_taken_back(tmp_path: Path):
     _hold(tmp_path, pid=1)
     with pytest.raises(CheckpointError, match="run other, process 1 .* holds it now"):
         ours.require()
+    # It gives no sign of life for the other, either.
+    ours._heart.join(10)
+    assert not ours._heart.is_alive()
     ours.release()
     assert (tmp_path / LEASE_FILE).exists()
     (tmp_path / LEASE_FILE).unlink()

@@ -1,5 +1,6 @@
 """A checkpoint that cannot be loaded says why, and which one can be."""
 
+import io
 import os
 import pickle
 import shutil
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_memory.config import Config, save_config
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.integrity import check_whole
-from megatron_memory.training.checkpoint.loader import find_checkpoint
+from megatron_memory.training.checkpoint.loader import find_checkpoint, read_common
 from megatron_memory.training.checkpoint.metadata_file import read_metadata
+from megatron_memory.training.checkpoint.reader import _CheckedReader
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import VOCAB, change, runs, tiny_config
 
@@ -191,6 +194,84 @@ def test_file_outside_the_checkpoint_is_refused(checkpoints):
         pickle.dump(metadata, file)
     with pytest.raises(CheckpointError, match="outside"):
         check_whole(inner)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("iteration", 2, "is of iteration 2, and its folder is named after iteration 4"),
+        ("iteration", -4, "iteration is -4, and must be a whole number, 0 or more"),
+        ("iteration", 4.0, "iteration is 4.0"),
+        ("iteration", True, "iteration is True"),
+        ("iteration", "4", "iteration is '4'"),
+        ("iteration", [4], "iteration is a list"),
+        ("consumed_samples", -1, "consumed_samples is -1"),
+        ("consumed_samples", 2**63, f"consumed_samples is {2**63}"),
+        ("vocab_size", 0, "vocab_size is 0, and must be a whole number above 0"),
+        ("optimizer_step", -1, "optimizer_step is -1"),
+        ("usage_since_sample", -1, "usage_since_sample is -1"),
+        ("layout", {"data": -1}, "layout is a dict"),
+        ("layout", [1], "layout is a list"),
+        ("has_generators", 1, "has_generators is 1"),
+        ("device", None, "device is None"),
+    ],
+)
+def test_values_that_no_training_wrote(name: str, value: object, expected: str, checkpoints):
+    _, folder = checkpoints
+    inner = folder / "iter_0000004"
+    common = read_common(inner)
+    torch.save(common | {name: value}, inner / "common.pt")
+    with pytest.raises(CheckpointError) as caught:
+        read_common(inner)
+    assert str(caught.value).startswith(f"{inner / 'common.pt'} is damaged: ")
+    assert expected in str(caught.value)
+
+
+def test_a_renamed_folder_has_no_position_to_contradict(checkpoints):
+    _, folder = checkpoints
+    (folder / "iter_0000004").rename(folder / "best")
+    assert read_common(folder / "best")["iteration"] == 4
+    (folder / "best").rename(folder / "iter_0000006")
+    with pytest.raises(CheckpointError, match="is of iteration 4, and its folder is named after"):
+        read_common(folder / "iter_0000006")
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "-4", "4.0", "", "\ud5ff4", "four"])
+def test_trackers_that_are_none(text: str, checkpoints):
+    config, folder = checkpoints
+    (folder / "latest_checkpointed_iteration.txt").write_text(text)
+    with pytest.raises(CheckpointError, match="Write the iteration of a complete checkpoint .* 4"):
+        find_checkpoint(folder, config, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (torch.zeros(64, 33), "is not the"),
+        (torch.zeros(64, 32, dtype=torch.float64), "is not the"),
+        ([1, 2], "is not the"),
+        ("x" * 8192, "is not the"),
+    ],
+)
+def test_another_tensor_in_its_place(stored: object, expected: str, checkpoints):
+    """As where parts of two checkpoints are mixed up."""
+    _, folder = checkpoints
+    inner = folder / "iter_0000004"
+    metadata = read_metadata(inner)
+    key = "memory.shared.values.weight"
+    ((index, place),) = [(i, p) for i, p in metadata.storage_data.items() if i.fqn == key]
+    stream = io.BytesIO()
+    torch.save(stored, stream)
+    (inner / "another").write_bytes(stream.getvalue())
+    metadata.storage_data[index] = _StorageInfo("another", 0, len(stream.getvalue()))
+    reader = _CheckedReader(inner, metadata)
+    with (
+        open(inner / "another", "rb") as file,
+        pytest.raises(CheckpointError, match=f"part of {key} at .0, 0. {expected}"),
+    ):
+        reader._slice_file(file, metadata.storage_data[index])
+    with open(inner / place.relative_path, "rb") as file:
+        _CheckedReader(inner, read_metadata(inner))._slice_file(file, place)
 
 
 def test_fuzzed_metadata_raises_nothing_else(checkpoints):
