@@ -191,9 +191,9 @@ def _save_damage_and_load(config: Config, root: str) -> dict[str, list]:
     torch.distributed.barrier()
     (newest / SUMS_FILE).write_bytes(sums)
     torch.distributed.barrier()
-    old = change(config, "checkpoint", checksums="none", save=f"{root}/old")
+    old = change(config, "checkpoint", save=f"{root}/old", checksums="none")
     runs([change(old, "training", train_iters=2)])
-    heard["old"] = _load(config, f"{root}/old")
+    heard["old"] = _load(config, f"{root}/old/iter_0000002")
     return heard
 
 
