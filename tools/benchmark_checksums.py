@@ -10,7 +10,9 @@ where --cold is given, so that it reads the disk.
 
 import argparse
 import dataclasses
+import itertools
 import os
+import resource
 import shutil
 import statistics
 import tempfile
@@ -92,6 +94,16 @@ def _config(num_half_keys: int):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one save or load, on one rank."""
+
+    wall: float
+    """Seconds of the clock."""
+    cpu: float
+    """Seconds of processors: comparable on a machine that others use, too."""
+
+
 class _Benchmark:
     """Saves and loads one model."""
 
@@ -99,9 +111,9 @@ class _Benchmark:
         self._setup, self._root, self._cold = setup, root, cold
         self.num_bytes = 0
 
-    def measure(self, way: str) -> dict[str, float]:
-        """Seconds of a save in the foreground, of what one in the background keeps the training
-        waiting, and of a load."""
+    def measure(self, way: str) -> dict[str, Cost]:
+        """A save in the foreground, what one in the background keeps the training waiting, and a
+        load."""
         return {
             "save": self._save(way, in_background=False),
             "background save, waiting": self._save(way, in_background=True),
@@ -117,7 +129,7 @@ class _Benchmark:
     def _folder(self, way: str) -> Path:
         return self._root / way
 
-    def _save(self, way: str, *, in_background: bool) -> float:
+    def _save(self, way: str, *, in_background: bool) -> Cost:
         import torch
 
         from megatron_memory.training.checkpoint.saver import CheckpointSaver
@@ -130,11 +142,11 @@ class _Benchmark:
         setup = self._with(save=str(self._folder(way)), checksums=way, async_save=in_background)
         saver = CheckpointSaver(setup, 4096)
         position = Position(iteration=_ITERATION, consumed_samples=8)
-        seconds = _timed(lambda: saver.save(position))
+        cost = _timed(lambda: saver.save(position))
         saver.finish()
-        return seconds
+        return cost
 
-    def _load(self, way: str) -> float:
+    def _load(self, way: str) -> Cost:
         from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint
 
         files = list(self._folder(way).glob("iter_*/*"))
@@ -152,29 +164,36 @@ class _Benchmark:
         return _timed(load)
 
 
-def _timed(function: Callable[[], object]) -> float:
+def _timed(function: Callable[[], object]) -> Cost:
     import torch
 
     torch.distributed.barrier()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), _cpu_seconds()
     function()
+    used = _cpu_seconds() - cpu
     torch.distributed.barrier()
-    return time.perf_counter() - began
+    return Cost(wall=time.perf_counter() - began, cpu=used)
 
 
-def _report(rounds: list[dict[str, dict[str, float]]], num_bytes: int, args) -> None:
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has waited for: writers of checkpoints."""
+    usages = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _report(rounds: list[dict[str, dict[str, Cost]]], num_bytes: int, args) -> None:
     import torch
 
     ranks, cores = torch.distributed.get_world_size(), os.cpu_count()
     cache = "cold" if args.cold else "warm"
     print(f"{num_bytes / 1e6:,.0f} MB, {ranks} ranks on {cores} cores, {cache} page cache")
-    print(f"{'':26}{'with sums':>12}{'without':>12}{'ratio':>9}   round by round")
-    for what in rounds[0]["none"]:
-        ratios = [measured["xxh3_128"][what] / measured["none"][what] for measured in rounds]
-        columns = [statistics.median(measured[way][what] for measured in rounds) for way in _WAYS]
+    print(f"{'':31}{'with sums':>12}{'without':>12}{'ratio':>9}   round by round")
+    for what, kind in itertools.product(rounds[0]["none"], ("wall", "cpu")):
+        pairs = [[getattr(measured[way][what], kind) for way in _WAYS] for measured in rounds]
+        ratios = [with_sums / without for with_sums, without in pairs]
         print(
-            f"{what:26}"
-            + "".join(f"{1e3 * seconds:9.0f} ms" for seconds in columns)
+            f"{what + ', ' + kind:31}"
+            + "".join(f"{1e3 * statistics.median(c):9.0f} ms" for c in zip(*pairs, strict=True))
             + f"{statistics.median(ratios):9.3f}   "
             + ", ".join(f"{ratio:.2f}" for ratio in ratios)
         )

@@ -20,7 +20,7 @@ from megatron_memory.runtime import Backend
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.generation import GenerationSettings
-from megatron_memory.training.checkpoint.loader import check_small_files, locate, read_common
+from megatron_memory.training.checkpoint.loader import locate, read_intact_common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ def find_saved_model(source: ModelSource, backend: Backend, world_size: int) -> 
     """
     folder = _folder(source)
     # The tensors' are compared when they are loaded.
-    common = read_common(folder)
-    check_small_files(folder, common)
+    common = read_intact_common(folder)
     saved = saved_config(folder)
     if saved is None:
         raise CheckpointError(

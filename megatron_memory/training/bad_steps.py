@@ -27,7 +27,6 @@ class BadSteps:
 
     Args:
         training: says how.
-        is_damaged: whether a weight or a state is not finite; a collective call.
         rewind: None where there is nothing to go back to.
         say: receives a line.
     """
@@ -35,12 +34,10 @@ class BadSteps:
     def __init__(
         self,
         training: TrainingConfig,
-        is_damaged: Callable[[], bool],
         rewind: Rewind | None,
         say: Callable[[str], None],
     ):
-        self._training = training
-        self._is_damaged, self._rewind, self._say = is_damaged, rewind, say
+        self._training, self._rewind, self._say = training, rewind, say
         self._in_a_row = 0
         self._rewound_to: int | None = None
         self._times_rewound = 0
@@ -59,7 +56,7 @@ class BadSteps:
         if self._training.on_bad_step == "stop":
             raise TrainingError(f"{problem}. The training stops without saving. {_ADVICE}")
         if self._training.on_bad_step == "skip":
-            self._skip(problem)
+            self._skip(problem, is_lasting=result.is_lasting)
         else:
             self._go_back(problem)
 
@@ -73,9 +70,9 @@ class BadSteps:
             raise problem
         self._go_back(str(problem))
 
-    def _skip(self, problem: str) -> None:
+    def _skip(self, problem: str, *, is_lasting: bool) -> None:
         limit = self._training.max_bad_steps
-        if self._is_damaged():
+        if is_lasting:
             raise TrainingError(
                 f"{problem}. Leaving steps out does not help, for the weights or states stay so. "
                 f"{_ADVICE}"

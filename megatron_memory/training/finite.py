@@ -39,6 +39,8 @@ class Cause:
     """What was not finite, and on which rank."""
     figures: tuple[float | None, ...]
     """Each as a rank has it on which it is not finite."""
+    is_stored: bool
+    """Whether it is in a weight or a state, so that every later step has it as well."""
 
 
 def check_finite(setup: TrainingSetup, iteration: int) -> None:
@@ -89,12 +91,7 @@ def why_not_finite(
         next((f for f in column if f is not None and not math.isfinite(f)), column[0])
         for column in zip(*(damage.figures for damage in found), strict=True)
     )
-    return Cause(text=text, figures=worst)
-
-
-def are_weights_damaged(setup: TrainingSetup) -> bool:
-    """Whether a weight or a state of any rank is not finite; a collective call."""
-    return any(damage.stored for damage in _of_all_ranks(_Damage(stored=_count(_stored(setup)))))
+    return Cause(text=text, figures=worst, is_stored=bool(kinds[0]))
 
 
 def _of_all_ranks(own: _Damage) -> list[_Damage]:

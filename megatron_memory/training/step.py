@@ -45,6 +45,8 @@ class StepResult:
     """Whether the weights were left as they were: the loss or a gradient is not finite."""
     cause: str | None = None
     """What was not finite, and where; None if nothing."""
+    is_lasting: bool = False
+    """Whether that is in a weight or a state, so that every later step has it as well."""
 
 
 def train_step(
@@ -99,6 +101,7 @@ def train_step(
             grad_norm=grad_norm,
             value_grad_norm=value_grad_norm,
             cause=cause.text,
+            is_lasting=cause.is_stored,
         )
     setup.scheduler.step(setup.config.training.global_batch_size)
     return result

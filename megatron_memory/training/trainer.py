@@ -18,7 +18,7 @@ from megatron_memory.training.checkpoint.data_order import as_plain, read_parts
 from megatron_memory.training.checkpoint.replicas import check_replicas
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.checkpoint.state import Position
-from megatron_memory.training.finite import are_weights_damaged, check_finite
+from megatron_memory.training.finite import check_finite
 from megatron_memory.training.metrics import Interval, Report
 from megatron_memory.training.progress import Console, duration, report_line
 from megatron_memory.training.ranks.watch import RankWatch
@@ -75,9 +75,7 @@ class Trainer:
         self._num_microbatches = setup.config.num_microbatches(self._world_size)
         self._flops_per_token = sum(flops_per_token(setup.config, padded_vocab_size).values())
         self._stop_checker = StopChecker(self._training, signals, setup.backend.device)
-        self._bad_steps = BadSteps(
-            self._training, lambda: are_weights_damaged(setup), rewind, console.say
-        )
+        self._bad_steps = BadSteps(self._training, rewind, console.say)
         self._spikes = LossSpikes(self._training.loss_spike_factor, console.say)
         self._usage = setup.usage
         self._interval = Interval()
@@ -167,7 +165,8 @@ class Trainer:
         if self._saver is not None:
             spike = self._spikes.spike
             self._saver.keep_before = None if spike is None else spike.first_iteration
-        self._bad_steps.look(iteration, result)
+        with self._watch.phase("rewinding" if result.skipped else "training"):
+            self._bad_steps.look(iteration, result)
         if self._is_due(self._training.check_replicas_interval):
             self._check_replicas()
 
@@ -274,7 +273,8 @@ class Trainer:
                 check_replicas(self.setup, self.position.iteration)
                 folder = self._saver.save(self.position, self._record())
         if damage is not None:
-            self._bad_steps.look_at_damage(damage)
+            with self._watch.phase("rewinding"):
+                self._bad_steps.look_at_damage(damage)
         if folder is None:
             return
         self._last_saved = self.position

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import random
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from megatron_memory.training.checkpoint.checksums import write_sums
 from tests.conversion.states import assert_same_tensors, conversion, golden_checkpoint, read_all
 from tests.distributed import run_ranks
+from tests.training.checkpoint.damages import KINDS
 from tests.training.tiny_runs import change, runs, tiny_config, write_dataset
 
 TABLE = "memory.shared.values.weight"
@@ -314,3 +317,10 @@ def test_damaged_checkpoint_of_ours_is_refused(tmp_path: Path):
         (copy / name).unlink()
         with pytest.raises(CheckpointError, match=name):
             read_megatron(copy.parent)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        KINDS["flip"](folder, path, random.Random(4))
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            read_megatron(folder.parent)
+        path.write_bytes(content)
+    assert read_megatron(folder.parent).notes == ()

@@ -1,5 +1,7 @@
 """Finding a checkpoint, and refusing what cannot be run."""
 
+import random
+import re
 import shutil
 
 import pytest
@@ -9,8 +11,10 @@ from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from megatron_memory.inference.options import ModelSource
 from megatron_memory.inference.saved_model import find_saved_model
 from megatron_memory.runtime import select_backend
+from megatron_memory.training.checkpoint.checksums import write_sums
 from tests.distributed import run_ranks
 from tests.inference.saved_models import load, save_model, tiny_config
+from tests.training.checkpoint.damages import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,33 @@ def test_a_missing_iteration(folder):
 
 def test_a_checkpoint_without_configuration(folder):
     (folder / "iter_0000010" / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"config.yaml is missing. Complete is iteration 5"):
+        find(folder)
+    write_sums(folder / "iter_0000010", "xxh3_128")
     with pytest.raises(CheckpointError, match=r"config.yaml is missing, which describes the model"):
         find(folder)
+
+
+def _load_damaged(folder) -> str:
+    try:
+        load(folder)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_flipped_bit_in_any_file_is_not_generated_from(folder):
+    newest = folder / "iter_0000010"
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        KINDS["flip"](newest, path, random.Random(3))
+        if path.suffix == ".distcp":
+            (told,) = run_ranks(_load_damaged, 1, folder)
+            assert f"{path} is damaged" in told and "Complete is iteration 5" in told
+        else:
+            with pytest.raises(CheckpointError, match=re.escape(str(path))):
+                find(folder)
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("world_size, ranks", [(1, 2), (2, 1), (4, 2)])
@@ -94,7 +123,7 @@ def _error_of_loading(folder, **fields):
 
 def _errors_of_loading(folder):
     return [
-        _error_of_loading(folder, tokenizer_type="ByteLevelTokenizer"),
+        _error_of_loading(folder, tokenizer_type="ByteLevelTokenizer", iteration=5),
         _error_of_loading(folder, iteration=10),
     ]
 

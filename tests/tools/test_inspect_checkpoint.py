@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.inspection.saved import VOCAB_SIZE, changed, save, tiny_state
 from tests.tiny import one_rank  # noqa: F401
+from tests.training.checkpoint.damages import KINDS
 from tools import inspect_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -232,3 +234,22 @@ def test_errors(tmp_path: Path, folders, capsys):
     ):
         code, text = _run(capsys, *argv)
         assert code == 2 and words in text, text
+
+
+def test_verify_names_what_is_not_what_was_written(folders, tmp_path: Path, capsys):
+    copy = shutil.copytree(folders["megatron"], tmp_path / "copy")
+    code, found = _json(capsys, copy, "--verify", "--no-values")
+    assert code == 0 and "every file is what was written" in found["notes"]
+    (file,) = copy.glob("iter_*/*.distcp")
+    KINDS["flip"](file.parent, file, random.Random(6))
+    code, found = _json(capsys, copy, "--no-values")
+    assert code == 0, "no tensor is read"
+    code, found = _json(capsys, copy, "--verify", "--no-values")
+    assert code == 1 and f"{file} is damaged" in found["damage"][0]
+    (file.parent / "integrity.json").unlink()
+    code, found = _json(capsys, copy, "--verify", "--no-values")
+    assert code == 1 and "integrity.json is missing" in found["damage"][0]
+    code, found = _json(capsys, folders["hf"], "--verify", "--no-values")
+    assert code == 0 and "no checksums" in found["notes"][0]
+    code, text = _run(capsys, "--diff", folders["hf"], folders["hf"], "--verify")
+    assert code == 2 and "--verify looks at one" in text

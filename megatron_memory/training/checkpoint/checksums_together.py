@@ -64,7 +64,9 @@ def join_sums(folder: Path, algorithm: str) -> None:
     """
     known: list[Sums] = []
     for part in folder.glob(f"{_PART}*"):
-        known.append(decode(part.read_bytes()))
+        # Cut off where the disk was full.
+        with contextlib.suppress(ValueError):
+            known.append(decode(part.read_bytes()))
         part.unlink()
     write_sums(folder, algorithm, known)
 

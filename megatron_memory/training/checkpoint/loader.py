@@ -179,6 +179,20 @@ def check_small_files(folder: Path, common: dict[str, Any]) -> None:
     check_sums(folder, common, only=lambda name: not name.endswith(".distcp"))
 
 
+def read_intact_common(folder: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint to be loaded, after `check_small_files`.
+
+    Raises:
+        CheckpointError: as that says, and which other checkpoint can be loaded.
+    """
+    try:
+        common = read_common(folder)
+        check_small_files(folder, common)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}.{_loadable_instead(folder.parent)}") from error
+    return common
+
+
 def check_content(found: Found, checksums: str, notify: Notify) -> None:
     """Compare all files of a checkpoint with their sums; a collective call.
 

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 
 from megatron_memory.training.ranks.beat import ENDED, LOST, RUNNING, Beat
 
-ALLOWANCES = {"starting": 15.0, "saving": 15.0, "evaluating": 1.0, "training": 1.0}
+ALLOWANCES = {
+    "starting": 15.0,
+    "saving": 15.0,
+    "rewinding": 15.0,
+    "evaluating": 1.0,
+    "training": 1.0,
+}
 """Phases, and how many times --rank-timeout one may take without progress. The first step is of
 `starting`: kernels are compiled, and libraries find their connections."""
 

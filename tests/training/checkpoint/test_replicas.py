@@ -33,6 +33,8 @@ def test_a_fingerprint_changes_with_every_element(dtype: torch.dtype, monkeypatc
     swapped = tensor.view(-1)[torch.randperm(35, generator=torch.Generator().manual_seed(1))]
     assert int(fingerprint(swapped)) not in before
     assert int(fingerprint(tensor.clone())) in before
+    parts = tensor.view(-1)[:32].view(4, 8)
+    assert int(fingerprint(parts)) != int(fingerprint(parts[[1, 0, 2, 3]]))
     assert int(fingerprint(tensor.view(-1)[:0])) == 0
 
 
