@@ -14,7 +14,7 @@ class ModelConfig:
     always find numbers. `dataclasses.replace` keeps the numbers computed before.
     """
 
-    num_layers: int = option(at_least=1, at_most=4096)
+    num_layers: int = option(at_least=1, at_most=1024)
     """Number of decoder layers."""
     hidden_size: int = option(at_least=1)
     """Width of the residual stream."""

@@ -1,6 +1,7 @@
 """Which memory layers share a table, and which pipeline ranks hold it."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from megatron_memory.config.pipeline import rank_of_layers
@@ -39,7 +40,14 @@ def mlp_layers(config: Config) -> tuple[int, ...]:
         ConfigurationError: `--memory-layers` is malformed.
     """
     replaced = () if config.memory.beside_mlp else memory_layers(config)
-    return tuple(layer for layer in range(config.model.num_layers) if layer not in replaced)
+    return _others(replaced, config.model.num_layers)
+
+
+@functools.lru_cache(maxsize=16)
+def _others(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Remembered: planning asks for each layer of each of a hundred plans."""
+    among = set(layers)
+    return tuple(layer for layer in range(num_layers) if layer not in among)
 
 
 def memory_pools(config: Config) -> tuple[Pool, ...]:

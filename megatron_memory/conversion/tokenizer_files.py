@@ -23,6 +23,7 @@ import megatron_memory.hf_model
 from megatron_memory.conversion.links import check_is_inside, files_of
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.documents import read_json
+from megatron_memory.reading.tokenizer_files import check_tokenizer_files
 
 SETTINGS = "tokenizer_config.json"
 DEFINITION = "tokenizer.json"
@@ -97,6 +98,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        check_tokenizer_files(folder)
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )

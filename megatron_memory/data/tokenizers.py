@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_memory.exceptions import ConfigurationError, DataError
+from megatron_memory.reading.tokenizer_files import check_tokenizer_files, panics_as_errors
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
@@ -74,11 +75,14 @@ def build_tokenizer(
     elif library in ("null", "tiktoken") and vocab_size is not None:
         options = {"vocab_size": vocab_size}
     try:
-        return MegatronTokenizer.from_pretrained(
-            tokenizer_path=None if library in _WITHOUT_FILES else tokenizer_model,
-            metadata_path={"library": library},
-            **options,
-        )
+        if library == "huggingface":
+            check_tokenizer_files(str(tokenizer_model))
+        with panics_as_errors():
+            return MegatronTokenizer.from_pretrained(
+                tokenizer_path=None if library in _WITHOUT_FILES else tokenizer_model,
+                metadata_path={"library": library},
+                **options,
+            )
     # The libraries raise nearly anything on a damaged file: AssertionError, KeyError, RuntimeError.
     except Exception as error:
         raise DataError(

@@ -6,6 +6,7 @@
 | `plain_data` | how deep and how large what was read is |
 | `torch_files` | what `torch.save` wrote: whether `torch.load` may be let at it |
 | `documents` | JSON and YAML |
+| `tokenizer_files` | tokenizers' ids; panics of their libraries |
 
 Memory and time follow a file's size, whatever it says. Each reader raises `UnsafeFile`, whose text
 says what is wrong; its caller knows the path, and what to do.

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_memory.config import check_config, check_layers_available
+from megatron_memory.config import check_config, check_layers_available, parse_arguments
 from megatron_memory.exceptions import ConfigurationError
 from tests.config.helpers import parse
 
@@ -363,3 +363,12 @@ def test_layers_that_the_machine_lacks(arguments, is_cuda, has_transformer_engin
             parse(arguments), is_cuda=is_cuda, has_transformer_engine=has_transformer_engine
         )
     assert_one_problem(str(error.value), parts)
+
+
+@pytest.mark.parametrize(
+    ("flag", "most"), [("--num-layers", 1024), ("--num-experts", 4096), ("--seed", 2**32 - 1)]
+)
+@pytest.mark.parametrize("value", [200_000_000_000, 2**60, 10**30])
+def test_sizes_that_planning_would_list_one_by_one(flag: str, most: int, value: int):
+    with pytest.raises(ConfigurationError, match=f"{flag} is {value}: .* at most {most}"):
+        parse_arguments([flag, str(value)])

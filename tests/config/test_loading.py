@@ -165,7 +165,7 @@ def test_unknown_key_names_the_nearest_and_the_file(yaml_file):
     [
         (["--num-layers", "abc"], "--num-layers is 'abc', but expects a whole number."),
         (["--lr", "fast"], "--lr is 'fast', but expects a number."),
-        (["--num-layers", "0"], "--num-layers is 0: it must be at least 1."),
+        (["--num-layers", "0"], "--num-layers is 0: it must be at least 1 and at most 1024."),
         (["--lr", "nan"], "--lr is nan: it must be a finite number."),
         (["--adam-beta1", "1"], "--adam-beta1 is 1.0: it must be at least 0 and below 1."),
         (["--seed", "none"], "--seed is 'none', but expects a whole number."),

@@ -74,7 +74,7 @@ def exported(one_rank, tokens, tmp_path_factory) -> dict[str, Exported]:
 
 
 def _continue(model, tokens) -> list[list[int]]:
-    engine = InferenceEngine(model, vocab_size=VOCAB, padded_vocab_size=VOCAB, end_of_document=None)
+    engine = InferenceEngine(model, vocab_size=VOCAB, padded_vocab_size=VOCAB, stop_tokens=())
     prompts = tokens[:, :PROMPT].tolist()
     new = engine.run(prompts, NEW_TOKENS, Sampling(greedy=True), max_batch_size=4)
     return [[*prompt, *added] for prompt, added in zip(prompts, new, strict=True)]

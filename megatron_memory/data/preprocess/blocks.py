@@ -20,6 +20,24 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordLimit:
+    """How long a line, or the texts of a row, may be."""
+
+    max_bytes: int
+    """Without a line's end."""
+    skips: bool = False
+    """Whether a longer one is left out, and not an error."""
+
+    @property
+    def problem(self) -> str:
+        """Of a longer one, for the user."""
+        return (
+            f"longer than --max-document-bytes {self.max_bytes:,}. Raise the flag, or leave such "
+            "records out with --on-error skip"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LineBlock:
     """Consecutive whole lines of one file of JSON lines."""
 
@@ -31,6 +49,8 @@ class LineBlock:
     """Behind the block."""
     lines: bytes
     """Each ends with a newline, the file's last one too."""
+    problem: str | None = None
+    """What is wrong with the block's only record, which was not read; `lines` is then empty."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +65,8 @@ class RowBlock:
     """Behind the block."""
     texts: dict[str, list[str | None]]
     """For each key the text of each row; None where it has none."""
+    problem: str | None = None
+    """As of a LineBlock; `texts` has no rows then."""
 
 
 Block = LineBlock | RowBlock

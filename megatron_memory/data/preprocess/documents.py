@@ -30,6 +30,10 @@ class Documents:
 
 def read_documents(block: Block, keys: tuple[str, ...]) -> Documents:
     """The documents of a block. Nothing is raised for a bad record: it is among the problems."""
+    if block.problem is not None:
+        none: dict[str, list[str]] = {key: [] for key in keys}
+        problems = [(block.first_record, block.problem)]
+        return Documents(texts=none, numbers=[], problems=problems, num_problems=1)
     if isinstance(block, RowBlock):
         return _read_rows(block, keys)
     parsed = _parse_good_lines(block, keys)
@@ -107,7 +111,7 @@ def _parse_good_lines(block: LineBlock, keys: tuple[str, ...]) -> dict[str, list
 
 
 class _BadRecord(Exception):
-    """Says what is wrong with a line or row, and the mend."""
+    """Says what is wrong with a line or row, and how to fix it."""
 
 
 def _parse_line(line: bytes, keys: tuple[str, ...]) -> list[str]:
@@ -120,7 +124,7 @@ def _parse_line(line: bytes, keys: tuple[str, ...]) -> list[str]:
         shown = line[:60].decode("utf-8", errors="replace")
         raise _BadRecord(
             f"not valid JSON ({error}): {shown!r}. Each line must be one JSON object; "
-            "mend or remove the line"
+            "fix or remove the line"
         ) from error
     if not isinstance(document, dict):
         raise _BadRecord(
@@ -134,7 +138,7 @@ def _text_of(document: dict, key: str) -> str:
     if key not in document:
         raise _BadRecord(
             f"has no key {key!r}, only {', '.join(sorted(document)) or 'none'}. Give the "
-            "keys that hold text to --json-keys, or mend the line"
+            "keys that hold text to --json-keys, or fix the line"
         )
     text = document[key]
     if not isinstance(text, str):

@@ -13,7 +13,8 @@ class PreprocessOptions:
 
     input: tuple[str, ...]
     """Files of JSON lines (plain, .gz or .zst) or .parquet, folders of them, glob patterns, or -
-    for standard input; read in the order given, folders and patterns sorted."""
+    for standard input; read in the order given, folders and patterns sorted. Links to files are
+    followed, and links to folders where they are named, but not within a folder."""
 
     output_prefix: str
     """Outputs are OUTPUT_PREFIX_KEY_document.bin and .idx, for each of --json-keys."""
@@ -45,6 +46,10 @@ class PreprocessOptions:
 
     on_error: Literal["stop", "skip"] = "stop"
     """A bad line stops the run (stop), or is left out, counted and reported (skip)."""
+
+    max_document_bytes: int = option(16 * 2**20, at_least=1)
+    """Longest line of JSON, or texts of a row, to read; a longer one is a bad line. A process needs
+    up to 25 times as much memory for it, and without gigatoken up to 200 times."""
 
     resume: bool = False
     """Go on with the run that was interrupted with the same flags; without one, begin."""

@@ -2,32 +2,42 @@
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megatron_memory.data.preprocess.blocks import Position, RowBlock
+from megatron_memory.data.preprocess.blocks import Position, RecordLimit, RowBlock
+from megatron_memory.data.preprocess.parquet_pages import largest_page
 from megatron_memory.exceptions import DataError
 from megatron_memory.optional import require
 
+Texts = dict[str, list[str | None]]
+"""For each key the text of each of some rows."""
+
 _BLOCK_BYTES = 512 * 1024
 _BUFFER_BYTES = 1 << 20
+_MOST_ROWS = 1 << 14
+_ROW_BYTES = 8
+_MOST_BATCH_BYTES = 16 << 20
+_PAGES_PER_RECORD = 8
 
 
-def read_table(path: str, keys: tuple[str, ...], position: Position) -> Iterator[RowBlock]:
+def read_table(
+    path: str, keys: tuple[str, ...], position: Position, limit: RecordLimit
+) -> Iterator[RowBlock]:
     """The rows of a table from a position on.
 
     Row groups are read one after the other, and each in pieces: what is in memory is a page of each
-    column and a block.
+    column and a block. A page is at most `_PAGES_PER_RECORD` times the limit of a record.
 
     Raises:
         ConfigurationError: pyarrow is not installed.
-        DataError: the table is damaged, or lacks a column of text.
+        DataError: the table is damaged, lacks a column of text, or has a page that is too large.
     """
     parquet = require("pyarrow")
     try:
         with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
             _check_columns(path, table, keys)
-            yield from _read_rows(path, table, keys, position)
+            yield from _read_rows(path, table, keys, position, limit)
     # ArrowInvalid is a ValueError, ArrowNotImplementedError a NotImplementedError.
     except (ValueError, NotImplementedError, OSError) as error:
         raise DataError(
@@ -52,36 +62,104 @@ def _check_columns(path: str, table: Any, keys: tuple[str, ...]) -> None:
 
 
 def _read_rows(
-    path: str, table: Any, keys: tuple[str, ...], position: Position
+    path: str, table: Any, keys: tuple[str, ...], position: Position, limit: RecordLimit
 ) -> Iterator[RowBlock]:
-    to_skip = position.records
     file_bytes, num_rows = os.path.getsize(path), max(1, table.metadata.num_rows)
+    batches = _batches(path, table, keys, position.records, limit)
+    parts = (part for batch in batches for part in _parts(batch, limit.max_bytes))
+    for texts, is_long in _joined(parts):
+        first = position.records + 1
+        read = position.records + len(texts[keys[0]])
+        position, num_bytes = _advance(position, read, texts, file_bytes * read // num_rows)
+        yield RowBlock(
+            first_record=first,
+            num_bytes=num_bytes,
+            end=position,
+            texts={key: [] for key in keys} if is_long else texts,
+            problem=limit.problem if is_long else None,
+        )
+
+
+def _batches(
+    path: str, table: Any, keys: tuple[str, ...], to_skip: int, limit: RecordLimit
+) -> Iterator[Texts]:
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
         if to_skip >= group.num_rows:
             to_skip -= group.num_rows
             continue
-        rows_per_block = group.num_rows * _BLOCK_BYTES // max(1, _text_bytes(group, keys))
         for batch in table.iter_batches(
-            max(1, rows_per_block), row_groups=[number], columns=list(keys), use_threads=False
+            _rows_at_once(path, number, group, keys, limit),
+            row_groups=[number],
+            columns=list(keys),
+            use_threads=False,
         ):
-            texts = {key: batch.column(key)[to_skip:].to_pylist() for key in keys}
-            skipped, to_skip = min(to_skip, len(batch)), max(0, to_skip - len(batch))
-            if skipped < len(batch):
-                first = position.records + 1
-                read = first - 1 + len(batch) - skipped
-                position, num_bytes = _advance(position, read, texts, file_bytes * read // num_rows)
-                yield RowBlock(first_record=first, num_bytes=num_bytes, end=position, texts=texts)
+            if to_skip < len(batch):
+                yield {key: batch.column(key)[to_skip:].to_pylist() for key in keys}
+            to_skip = max(0, to_skip - len(batch))
 
 
-def _text_bytes(group: Any, keys: tuple[str, ...]) -> int:
-    """Bytes of the text columns of a row group, decompressed."""
-    columns = (group.column(i) for i in range(group.num_columns))
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in keys)
+def _rows_at_once(
+    path: str, number: int, group: Any, keys: tuple[str, ...], limit: RecordLimit
+) -> int:
+    """Rows of a batch, so that it is about a block, and bounded whatever the encoding: a text is
+    at most as long as its page, but a dictionary's or a common beginning can be in every row."""
+    columns = [c for c in map(group.column, range(group.num_columns)) if c.path_in_schema in keys]
+    with open(path, "rb") as stream:
+        largest = max(1, *(largest_page(stream, column) for column in columns), 1)
+    if largest > _PAGES_PER_RECORD * limit.max_bytes:
+        raise DataError(
+            f"--input {path}: row group {number} has a page of {largest:,} bytes, which is read "
+            f"whole; with --max-document-bytes {limit.max_bytes:,} a page may have "
+            f"{_PAGES_PER_RECORD} times as many. Write the table with smaller pages, or raise "
+            "the flag"
+        )
+    num_bytes = sum(column.total_uncompressed_size for column in columns)
+    about_a_block = group.num_rows * _BLOCK_BYTES // max(1, num_bytes)
+    return max(1, min(about_a_block, _MOST_ROWS, _MOST_BATCH_BYTES // largest))
+
+
+def _parts(texts: Texts, max_bytes: int) -> Iterator[tuple[Texts, bool]]:
+    """A batch's rows; those whose texts are too long by themselves, and marked so."""
+    begin, num_rows = 0, len(next(iter(texts.values())))
+    for row in range(num_rows):
+        of_row = [column[row] or "" for column in texts.values()]
+        # No character has more than four bytes.
+        if 4 * sum(map(len, of_row)) <= max_bytes:
+            continue
+        if sum(len(text.encode("utf-8", "surrogatepass")) for text in of_row) > max_bytes:
+            if begin < row:
+                yield {key: column[begin:row] for key, column in texts.items()}, False
+            yield {key: column[row : row + 1] for key, column in texts.items()}, True
+            begin = row + 1
+    if begin < num_rows:
+        yield {key: column[begin:] for key, column in texts.items()}, False
+
+
+def _joined(parts: Iterable[tuple[Texts, bool]]) -> Iterator[tuple[Texts, bool]]:
+    """Parts that follow each other, until they are about a block."""
+    pending: Texts = {}
+    num_characters = 0
+    for texts, is_long in parts:
+        if is_long:
+            if pending:
+                yield pending, False
+            yield texts, True
+            pending, num_characters = {}, 0
+            continue
+        for key, column in texts.items():
+            pending.setdefault(key, []).extend(column)
+            # A row without a text takes memory, too.
+            num_characters += sum(len(text or "") + _ROW_BYTES for text in column)
+        if num_characters >= _BLOCK_BYTES:
+            yield pending, False
+            pending, num_characters = {}, 0
+    if pending:
+        yield pending, False
 
 
 def _advance(
-    position: Position, records: int, texts: dict[str, list[str | None]], bytes_read: int
+    position: Position, records: int, texts: Texts, bytes_read: int
 ) -> tuple[Position, int]:
     """The position behind some rows, and the bytes of their texts."""
     offset, checksum = position.offset, position.crc32

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from megatron_memory.data.indexed.format import idx_path, smallest_dtype
 from megatron_memory.data.indexed.lock import OutputLock
 from megatron_memory.data.indexed.manifest import read_manifest
-from megatron_memory.data.preprocess.blocks import Block
+from megatron_memory.data.preprocess.blocks import Block, RecordLimit
 from megatron_memory.data.preprocess.documents import read_documents
 from megatron_memory.data.preprocess.encoding import BatchEncoder, DocumentEncoder, list_encoder
 from megatron_memory.data.preprocess.fast_bpe import FastEncoder, TokenMismatch
@@ -146,7 +146,10 @@ class _Run:
         if start.position.offset:
             progress.begin_at(before[start.position.source] + start.position.bytes_read)
         skipped = SkippedLines(self.options.on_error, start.num_skipped)
-        blocks = read_blocks(self.paths, self.options.json_keys, start.position)
+        limit = RecordLimit(
+            max_bytes=self.options.max_document_bytes, skips=self.options.on_error == "skip"
+        )
+        blocks = read_blocks(self.paths, self.options.json_keys, start.position, limit=limit)
         encode, blocks = self._choose_encoder(blocks, fast=fast)
         encoder = DocumentEncoder(
             keys=self.options.json_keys,

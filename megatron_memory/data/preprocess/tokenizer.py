@@ -21,6 +21,7 @@ from megatron_memory.data.tokenizers import (
     num_ids_of,
 )
 from megatron_memory.exceptions import DataError
+from megatron_memory.reading.tokenizer_files import check_tokenizer_files, panics_as_errors
 
 _NAMED_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -94,8 +95,10 @@ def _load_plain_folder(options: TokenizerOptions) -> TextTokenizer | None:
             _read_text(os.path.join(folder, name))
             for name in ("tokenizer.json", "tokenizer_config.json")
         )
+        check_tokenizer_files(folder)
         named = _plain_named_tokens(json.loads(definition), json.loads(config))
-        return None if named is None else _from_definition(definition, named)
+        with panics_as_errors():
+            return None if named is None else _from_definition(definition, named)
     # The tokenizers library raises plain Exception. transformers says what is wrong.
     except Exception:
         return None
@@ -162,8 +165,10 @@ def _load_with_transformers(options: TokenizerOptions) -> TextTokenizer:
     with _without_torch():
         from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_model, use_fast=True)
-        tokenizer.add_special_tokens(_as_megatron_names_them(tokenizer))
+        check_tokenizer_files(str(options.tokenizer_model))
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(options.tokenizer_model, use_fast=True)
+            tokenizer.add_special_tokens(_as_megatron_names_them(tokenizer))
     # It raises nearly anything on a damaged folder; build_tokenizer has the words for it.
     except Exception as error:
         raise DataError(

@@ -4,8 +4,10 @@ import gzip
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow
@@ -14,7 +16,9 @@ import pytest
 import zstandard
 
 from megatron_memory.data.preprocess import parquet, pipeline, sources, streams
+from megatron_memory.data.preprocess.blocks import RecordLimit
 from megatron_memory.data.preprocess.inputs import expand_inputs
+from megatron_memory.data.preprocess.parquet_pages import largest_page
 from megatron_memory.exceptions import ConfigurationError, DataError
 from tests.data.preprocess.test_resume import (
     DOCS,
@@ -25,6 +29,8 @@ from tests.data.preprocess.test_resume import (
     interrupt_after,
     run,
 )
+
+LIMIT = RecordLimit(max_bytes=2**20)
 
 
 def write_gzip(path: Path, data: bytes) -> None:
@@ -66,7 +72,7 @@ def test_each_kind_gives_the_same_tokens(tmp_path, often, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_blocks"), [("frames.jsonl.zst", 20), ("table.parquet", 1), ("table.parquet", 30)]
+    ("name", "num_blocks"), [("frames.jsonl.zst", 20), ("table.parquet", 1), ("table.parquet", 12)]
 )
 def test_each_kind_can_be_gone_on_with(tmp_path, monkeypatch, often, name, num_blocks):
     path = tmp_path / "in" / name
@@ -141,6 +147,42 @@ def test_inputs_that_are_refused(tmp_path, monkeypatch, names, error, message):
         expand_inputs(names)
 
 
+def test_links_are_followed_as_is_said(tmp_path, capsys):
+    """To files; not from a folder to another, so that a loop is none."""
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (elsewhere / "b.jsonl").touch()
+    (folder / "a.jsonl").symlink_to("../elsewhere/b.jsonl")
+    (folder / "loop").symlink_to(folder)
+    (folder / "other").symlink_to(elsewhere)
+    assert expand_inputs([str(folder)]) == [str(folder / "a.jsonl")]
+    said = capsys.readouterr().err
+    assert f"--input {folder}/a.jsonl: a link to {elsewhere}/b.jsonl, which is read" in said
+    for name in ("loop", "other"):
+        assert f"--input {folder}/{name}: a link to a folder is not followed; name it" in said
+    assert expand_inputs([str(folder / "other")]) == [str(folder / "other/b.jsonl")]
+    assert expand_inputs([f"{folder}/*"]) == [str(folder / "a.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "link to nothing", "link to itself"])
+def test_what_is_no_file_is_refused(tmp_path, kind):
+    """Before it is opened, for that might hang: in a folder, by name, and by a pattern."""
+    path = tmp_path / "x.jsonl"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        path = Path(tempfile.mkdtemp(dir="/tmp")) / "x.jsonl"  # Its name must be short.
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        targets = {"device": "/dev/zero", "link to nothing": "absent", "link to itself": path}
+        path.symlink_to(targets[kind])
+    message = f"a {kind}, not a file.*--input -" if "link" not in kind else "a link to .*cannot be"
+    for name in (path.parent, path, f"{path.parent}/*"):
+        with pytest.raises(DataError, match=f"--input {path}.*{message}"):
+            expand_inputs([str(name)])
+
+
 CUTS = [("members.jsonl.gz", 0.3), ("members.jsonl.gz", 0.99), ("frames.jsonl.zst", 0.3)]
 CUTS += [("frames.jsonl.zst", 0.99), ("table.parquet", 0.5), ("table.parquet", 0.99)]
 
@@ -163,7 +205,7 @@ def test_damage_is_named_or_harmless(tmp_path, name):
     for place in range(0, len(whole), max(1, len(whole) // 60)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
-            for block in sources.read_blocks([str(path)], ("text",)):
+            for block in sources.read_blocks([str(path)], ("text",), limit=LIMIT):
                 assert block.num_bytes >= 0
         except DataError:
             continue
@@ -213,9 +255,58 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, ending, package):
         pipeline.preprocess(pipeline_options(path, tmp_path / "out"))
 
 
-def test_lines_longer_than_a_block(monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 7)
-    data = b"a" * 50 + b"\nbc\n\n" + b"d" * 8 + b"\n" + b"e" * 30
-    pieces = list(sources._whole_lines(io.BytesIO(data)))
-    assert b"".join(pieces) == data
-    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+@pytest.mark.parametrize("block", [1, 3, 7, 1000])
+@pytest.mark.parametrize("limit", [1, 8, 29, 30, 50, 1000])
+def test_lines_longer_than_a_block_and_than_the_limit(monkeypatch, block, limit):
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", block)
+    for data in (b"a" * 50 + b"\nbc\n\n" + b"d" * 8 + b"\n" + b"e" * 30, b"", b"\n", b"x" * 51):
+        pieces = list(sources._pieces(io.BytesIO(data), limit))
+        assert b"".join(piece.data for piece in pieces) == data
+        assert sum(map(sources._num_records, pieces)) == data.count(b"\n") + (data[-1:] > b"\n")
+        lines = [line for line in data.split(b"\n") if len(line) <= limit]
+        short = b"".join(piece.data for piece in pieces if not piece.is_long)
+        assert [line for line in short.split(b"\n") if line] == [line for line in lines if line]
+        assert max((len(piece.data) for piece in pieces), default=0) <= limit + 2 * block
+
+
+def test_pages_are_measured_before_they_are_read(tmp_path):
+    """Against pyarrow's own sum of a column's pages with their headers, for each encoding."""
+    texts = [f"text {i} " * (i % 50) for i in range(5000)]
+    table = pyarrow.table({"text": texts})
+    for options in (
+        {"use_dictionary": False},
+        {"use_dictionary": True, "write_statistics": True},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+        {"data_page_version": "2.0", "compression": "zstd"},
+        {"data_page_size": 1000, "write_page_checksum": True},
+    ):
+        path = tmp_path / "table.parquet"
+        pyarrow.parquet.write_table(table, path, **options)
+        column = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+        with open(path, "rb") as stream:
+            largest = largest_page(stream, column)
+            stream.seek(0)
+            assert largest <= column.total_uncompressed_size
+            assert largest > 500 if "data_page_size" in options else 10_000
+            damaged = io.BytesIO(b"\xff" * path.stat().st_size)
+        with pytest.raises(ValueError, match="page"):
+            largest_page(damaged, column)
+
+
+def _long_rows(path: Path, value: str) -> None:
+    column = pyarrow.array(["first", value, None, value, "last"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, store_schema=False)
+
+
+def test_rows_longer_than_the_limit(tmp_path, capsys):
+    path = tmp_path / "long.parquet"
+    _long_rows(path, "x" * 1001)
+    options = {"max_document_bytes": 1000}
+    with pytest.raises(DataError, match=f"{path}, row 2: longer than --max-document-bytes 1,000"):
+        pipeline.preprocess(pipeline_options(path, tmp_path / "out", **options))
+    pipeline.preprocess(pipeline_options(path, tmp_path / "out", on_error="skip", **options))
+    errors = capsys.readouterr().err
+    assert "2 documents" in errors and "3 bad lines skipped" in errors
+    _long_rows(path, "x" * 9000)
+    with pytest.raises(DataError, match="row group 0 has a page of .* bytes.*smaller pages"):
+        pipeline.preprocess(pipeline_options(path, tmp_path / "again", **options))

@@ -1,5 +1,6 @@
 """Bad lines, dead workers, full disks, and memory."""
 
+import gzip
 import json
 import os
 import signal
@@ -8,7 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from megatron_memory.data.preprocess import encoding, pipeline, sources
 from tests.data.preprocess.test_resume import DOCS, ROOT, TOKENIZER, assert_complete, run
@@ -201,6 +205,77 @@ def test_a_full_disk(tmp_path, kibibytes, workers):
     assert ("--resume goes on from there" in done.stderr) == (kibibytes == "44")
     assert ("--resume: going on after" in done.stderr) == (kibibytes == "44")
     assert_complete(copy)
+
+
+_ON_ENDLESS_LINES = """
+import resource, sys
+from tools import preprocess_data
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def run(path, on_error):
+    argv = ["--input", path, "--output-prefix", f"{path}-{on_error}", "--on-error", on_error]
+    return preprocess_data.main([*argv, "--max-document-bytes", str(1 << 20), *sys.argv[2:]])
+
+assert run(sys.argv[1] + "/plain.jsonl", "stop") == 0
+before = peak()
+for name in ("endless.jsonl", "endless.jsonl.gz", "endless.jsonl.zst", "dictionary.parquet",
+             "prefixes.parquet"):
+    assert run(f"{sys.argv[1]}/{name}", "stop") == 1, name
+    assert run(f"{sys.argv[1]}/{name}", "skip") == 0, name
+assert run(sys.argv[1] + "/page.parquet", "skip") == 1
+assert run(sys.argv[1] + "/nulls.parquet", "skip") == 1
+print(peak() - before)
+"""
+
+
+def _write_endless(folder: Path, num_bytes: int) -> None:
+    """Files of some kilobytes that say 192 MiB, with a document before and one behind."""
+    begin, end = b'{"text": "a b"}\n{"text": "', b'"}\n{"text": "c d"}\n'
+    (folder / "plain.jsonl").write_bytes(begin + end)
+    with open(folder / "endless.jsonl", "wb") as stream:
+        stream.write(begin)
+        stream.seek(num_bytes, os.SEEK_CUR)  # A hole, which reads as zeros.
+        stream.write(end)
+    zeros = bytes(1 << 20)
+    with gzip.open(folder / "endless.jsonl.gz", "wb", compresslevel=1) as stream:
+        stream.write(begin)
+        for _ in range(num_bytes // len(zeros)):
+            stream.write(zeros)
+        stream.write(end)
+    with zstandard.open(folder / "endless.jsonl.zst", "wb") as stream:
+        stream.write(begin)
+        for _ in range(num_bytes // len(zeros)):
+            stream.write(zeros)
+        stream.write(end)
+    write, size = pyarrow.parquet.write_table, 2 << 20
+    values = pyarrow.array(["a b", "x" * size])
+    column = pyarrow.DictionaryArray.from_arrays([0] + [1] * (num_bytes // size), values)
+    plain = {"store_schema": False, "compression": "zstd"}
+    write(pyarrow.table({"text": column}), folder / "dictionary.parquet", **plain)
+    column = pyarrow.array(["a b"] + ["x" * size] * 60)
+    options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    write(pyarrow.table({"text": column}), folder / "prefixes.parquet", **options)
+    column = pyarrow.array(["x" * (9 << 20)])
+    write(pyarrow.table({"text": column}), folder / "page.parquet", compression="zstd")
+    nulls = pyarrow.nulls(300_000, pyarrow.string())
+    write(pyarrow.table({"text": nulls}), folder / "nulls.parquet", row_group_size=1 << 30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_does_not_follow_what_a_small_file_says(tmp_path):
+    """One line of 192 MiB, and so many rows of 2 MiB or of nothing; the limit is 1 MiB. A
+    batch of a table may have 16 MiB, which are there as pyarrow's and as Python's."""
+    num_bytes = 192 << 20
+    _write_endless(tmp_path, num_bytes)
+    command = [sys.executable, "-c", _ON_ENDLESS_LINES, str(tmp_path), *TOKENIZER]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "line 2: longer than --max-document-bytes 1,048,576" in done.stderr
+    assert "dictionary.parquet, row 2: longer than" in done.stderr
+    assert "2 documents" in done.stderr and "96 bad lines skipped" in done.stderr
+    grown = int(done.stdout.split()[-1])
+    assert grown < 80 << 20, f"{grown / 2**20:.0f} MiB"
 
 
 def _peak_bytes(folder: Path, num_bytes: int) -> int:

@@ -1,0 +1,114 @@
+"""Tokenizers whose ids no model has rows for, and libraries that panic."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+
+from megatron_memory.conversion.tokenizer_files import load_tokenizer
+from megatron_memory.data.preprocess.tokenizer import load_text_tokenizer
+from megatron_memory.data.tokenizers import build_tokenizer
+from megatron_memory.exceptions import CheckpointError, DataError
+from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.tokenizer_files import (
+    LARGEST_ID,
+    check_tokenizer_files,
+    panics_as_errors,
+)
+from tests.bounded import within
+
+TOKENIZER = Path(__file__).parents[1] / "golden" / "preprocess" / "tokenizer"
+IDS: list[Any] = [2**60, LARGEST_ID, -1, 1.0, True, None, "1", "9" * 5000]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound tokenizer to damage."""
+    return Path(shutil.copytree(TOKENIZER, tmp_path / "tokenizer"))
+
+
+def _read_everywhere(folder: Path, expected: str) -> None:
+    options = SimpleNamespace(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(folder),
+        vocab_size=None,
+        tokenizer_hf_include_special_tokens=False,
+    )
+    for error, read in (
+        (DataError, lambda: build_tokenizer("HuggingFaceTokenizer", str(folder))),
+        (DataError, lambda: load_text_tokenizer(options)),
+        (CheckpointError, lambda: load_tokenizer(folder)),
+    ):
+        with pytest.raises(error) as caught:
+            read()
+        assert expected in str(caught.value)
+
+
+def test_a_sound_tokenizer(folder: Path):
+    check_tokenizer_files(folder)
+    check_tokenizer_files(folder / "tokenizer.json")
+    check_tokenizer_files("a/hub-name")
+
+
+def test_an_id_of_2_to_the_60_is_refused_wherever_a_tokenizer_is_read(folder: Path):
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["model"]["vocab"]["sparse"] = 2**60
+    path.write_text(json.dumps(definition))
+    expected = f"{path}: the id of 'sparse' is {2**60}, and must be a whole number from 0"
+    assert within(1 << 30, lambda: _read_everywhere(folder, expected)) < 256 << 20
+
+
+@pytest.mark.parametrize("number", IDS, ids=lambda number: str(number)[:24])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("tokenizer.json", lambda content, number: content["model"]["vocab"].update(x=number)),
+        (
+            "tokenizer.json",
+            lambda content, number: content["added_tokens"].append({"content": "x", "id": number}),
+        ),
+        ("added_tokens.json", lambda content, number: content.update(x=number)),
+        ("vocab.json", lambda content, number: content.update(x=number)),
+    ],
+)
+def test_ids_that_are_none(name: str, place: Any, number: Any, folder: Path):
+    path = folder / name
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    place(content, number)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UnsafeFile, match=f"{path}: the id of 'x' is .*Copy the tokenizer again"):
+        check_tokenizer_files(folder)
+
+
+@pytest.mark.parametrize("number", [str(2**60), "-1", "x", "9" * 5000, ""])
+def test_ids_as_keys(number: str, folder: Path):
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {"added_tokens_decoder": {number: {"content": "x"}}}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UnsafeFile, match=f"{path}: the id of a dict is "):
+        check_tokenizer_files(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"added_tokens": 1}'])
+def test_files_that_are_no_tokenizer(text: str, folder: Path):
+    (folder / "tokenizer.json").write_text(text)
+    _read_everywhere(folder, f"{folder / 'tokenizer.json'}: ")
+
+
+def test_a_panic_is_an_error():
+    # A file of any kind at which the library in Rust panics will do.
+    panic = type("PanicException", (BaseException,), {})
+    with (
+        pytest.raises(UnsafeFile, match="library that reads it fails: why"),
+        panics_as_errors(),
+    ):
+        raise panic("why")
+    with pytest.raises(KeyboardInterrupt), panics_as_errors():
+        raise KeyboardInterrupt
+    with pytest.raises(Exception, match="expected value"), panics_as_errors():
+        tokenizers.Tokenizer.from_str("x")
