@@ -1,4 +1,4 @@
-"""What the programs that torchrun starts share: how an error that the user can mend ends them."""
+"""What the programs that torchrun starts share: how an error that the user can fix ends them."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The errors that a user can mend. Each message names the flag or file, the value and the mend."""
+"""The errors that a user can fix. Each message names the flag or file, the value and the fix."""
 
 
 class ConfigurationError(ValueError):
