@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from megatron_memory.exceptions import MEND_BY_USER, SaveError
+from megatron_memory.exceptions import USER_ERRORS, SaveError
 
 EXIT_ERROR = 2
 EXIT_NOT_SAVED = 3
@@ -22,7 +22,7 @@ def run_entry(run: Callable[[], int]) -> int:
     """
     try:
         return run()
-    except MEND_BY_USER as error:
+    except USER_ERRORS as error:
         rank = int(os.environ.get("RANK", "0"))
         # Nodes have logs of their own, and torchrun of one node ends soon after another's.
         if int(os.environ.get("LOCAL_RANK", rank)) > 0:

@@ -21,5 +21,5 @@ class TrainingError(RuntimeError):
     """The training cannot go on: its loss or gradient is not a number."""
 
 
-MEND_BY_USER = (ConfigurationError, CheckpointError, DataError, TrainingError)
+USER_ERRORS = (ConfigurationError, CheckpointError, DataError, TrainingError)
 """Programs print these without a traceback."""

@@ -116,6 +116,10 @@ class Trainer:
 
     def _run_steps(self) -> Stop | None:
         if self.position.iteration >= self._training.train_iters:
+            self._console.say(
+                f"nothing is left to train: --train-iters is {self._training.train_iters}, and "
+                f"iteration {self.position.iteration} is reached"
+            )
             return None
         assert self._datasets.train is not None, (
             "build_datasets refuses a run without training data"
