@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from megatron_memory.exceptions import USER_ERRORS, SaveError
+from megatron_memory.output import let_go_of_output, try_print
 
 EXIT_ERROR = 2
 EXIT_NOT_SAVED = 3
@@ -21,14 +22,25 @@ def run_entry(run: Callable[[], int]) -> int:
     first rank comes first there, and is usually the only one.
     """
     try:
+        return _run_entry(run)
+    finally:
+        let_go_of_output()
+
+
+def _run_entry(run: Callable[[], int]) -> int:
+    try:
         return run()
+    except KeyboardInterrupt:
+        # Of a training: before it has begun to catch signals.
+        try_print("interrupted", sys.stderr)
+        return 128 + signal.SIGINT
     except USER_ERRORS as error:
         rank = int(os.environ.get("RANK", "0"))
         # Nodes have logs of their own, and torchrun of one node ends soon after another's.
         if int(os.environ.get("LOCAL_RANK", rank)) > 0:
             time.sleep(_SECONDS_FOR_FIRST_RANK)
         prefix = "" if rank == 0 else f"rank {rank}: "
-        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        try_print(f"{prefix}{type(error).__name__}: {error}", sys.stderr)
         return EXIT_NOT_SAVED if isinstance(error, SaveError) else EXIT_ERROR
 
 

@@ -147,7 +147,8 @@ class _Benchmark:
         return cost
 
     def _load(self, way: str) -> Cost:
-        from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint
+        from megatron_memory.training.checkpoint.finding import find_start
+        from megatron_memory.training.checkpoint.loader import load_checkpoint
 
         files = list(self._folder(way).glob("iter_*/*"))
         self.num_bytes = sum(file.stat().st_size for file in files)

@@ -20,7 +20,8 @@ from megatron_memory.model.gpt import MemoryGPTModel, build_model
 from megatron_memory.runtime import Backend, select_backend
 from megatron_memory.runtime.distributed import initialize_distributed, shutdown_distributed
 from megatron_memory.training.checkpoint.architecture import saved_config
-from megatron_memory.training.checkpoint.loader import load_weights, locate, read_common
+from megatron_memory.training.checkpoint.finding import locate, read_common
+from megatron_memory.training.checkpoint.loader import load_weights
 
 OnRoute = Callable[[int, Route], None]
 """Is told where a memory layer, counted from 0, reads."""

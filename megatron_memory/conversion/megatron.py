@@ -29,9 +29,9 @@ from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.checksums import MARK, NO_SUMS, check_sums, write_sums
+from megatron_memory.training.checkpoint.finding import locate, read_common
 from megatron_memory.training.checkpoint.generation import GENERATION, GenerationSettings
 from megatron_memory.training.checkpoint.integrity import check_whole
-from megatron_memory.training.checkpoint.loader import locate, read_common
 from megatron_memory.training.checkpoint.state import USAGE_SINCE
 
 _STATE = re.compile(r"optimizer\.state\.(\w+?)\.(.+)")
@@ -257,7 +257,7 @@ def _tensors(
 
 
 def _common(state: SavedState, layout: Layout) -> dict:
-    """The plain values that `checkpoint.loader` looks for."""
+    """The plain values that `checkpoint.finding` looks for."""
     common = dict(state.common)
     for name in ("optimizer", "opt_param_scheduler"):
         if not state.moments:

@@ -19,8 +19,8 @@ from megatron_memory.optional import is_installed
 from megatron_memory.runtime import Backend
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.architecture import saved_config
+from megatron_memory.training.checkpoint.finding import locate, read_intact_common
 from megatron_memory.training.checkpoint.generation import GenerationSettings
-from megatron_memory.training.checkpoint.loader import locate, read_intact_common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

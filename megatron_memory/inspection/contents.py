@@ -17,8 +17,8 @@ from megatron_memory.inspection.formats import detect_format
 from megatron_memory.memory.usage import USAGE_PREFIX
 from megatron_memory.training.checkpoint.architecture import saved_config
 from megatron_memory.training.checkpoint.checksums import NO_SUMS, check_sums
+from megatron_memory.training.checkpoint.finding import read_common
 from megatron_memory.training.checkpoint.folders import iteration_of
-from megatron_memory.training.checkpoint.loader import read_common
 
 STATE = "optimizer.state."
 MAIN_WEIGHTS = f"{STATE}fp32_param."

@@ -10,8 +10,8 @@ from megatron_memory.conversion.safetensors_files import read_pickled, read_safe
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.documents import read_json
+from megatron_memory.training.checkpoint.finding import locate
 from megatron_memory.training.checkpoint.integrity import stored_lengths
-from megatron_memory.training.checkpoint.loader import locate
 from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE, read_metadata
 
 

@@ -19,9 +19,10 @@ from megatron_memory.training.checkpoint.changes import (
     check_optimizer_kind,
     setting_changes,
 )
+from megatron_memory.training.checkpoint.finding import find_start, start_position
 from megatron_memory.training.checkpoint.generation import carried
 from megatron_memory.training.checkpoint.lease import Lease
-from megatron_memory.training.checkpoint.loader import find_start, load_checkpoint, start_position
+from megatron_memory.training.checkpoint.loader import load_checkpoint
 from megatron_memory.training.checkpoint.save_folder import (
     clear_save,
     only_writer,

@@ -1,8 +1,10 @@
 """What a training says: a line each log interval, and on a terminal a bar with the time left."""
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_memory.output import try_print
 from megatron_memory.training.metrics import Report
 
 if TYPE_CHECKING:
@@ -19,15 +21,31 @@ class Console:
     def __init__(self, *, is_speaker: bool):
         self._is_speaker = is_speaker
         self._bar: Progress | None = None
+        self._lost = ""
 
     def say(self, line: str) -> None:
-        """One line."""
+        """One line. The training goes on where it cannot be written, and a later line says so."""
         if not self._is_speaker:
             return
+        lost = self._print(line)
+        if lost is None and self._lost:
+            lost = self._print(f"lines before this one may be missing: {self._lost}")
+            self._lost = ""
+        elif lost is not None and not self._lost:
+            self._lost = str(lost)
+            try_print(
+                f"lines cannot be written to the standard output: {lost}. The training goes on",
+                sys.stderr,
+            )
+
+    def _print(self, line: str) -> OSError | None:
         if self._bar is None:
-            print(line, flush=True)
-        else:
+            return try_print(line, sys.stdout)
+        try:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        except OSError as error:
+            return error
+        return None
 
     def start(self, iteration: int, train_iters: int) -> None:
         """The training begins after `iteration`."""
@@ -50,12 +68,14 @@ class Console:
     def advance(self, iteration: int) -> None:
         """`iteration` is done."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=iteration)
+            with contextlib.suppress(OSError):
+                self._bar.update(self._bar.task_ids[0], completed=iteration)
 
     def stop(self) -> None:
         """The training ends."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
 
 

@@ -5,12 +5,8 @@ from pathlib import Path
 
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint import folders
-from megatron_memory.training.checkpoint.loader import (
-    Found,
-    Notify,
-    find_start,
-    load_checkpoint,
-)
+from megatron_memory.training.checkpoint.finding import Found, Notify, find_start
+from megatron_memory.training.checkpoint.loader import load_checkpoint
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
 from megatron_memory.training.setup import TrainingSetup, whole_weights
 

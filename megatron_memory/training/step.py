@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_memory.data.context import share_of_sequences
-from megatron_memory.exceptions import DataError
+from megatron_memory.exceptions import TrainingError
 from megatron_memory.optimizer import MemoryOptimizer
 from megatron_memory.optimizer.guarded import MayUpdate
 from megatron_memory.training.finite import why_not_finite
@@ -121,7 +121,7 @@ def evaluate_loss(
     `before_batch` may raise, on all ranks alike, to end it.
 
     Raises:
-        DataError: on every rank, where all tokens are masked.
+        TrainingError: on every rank, where all tokens are masked.
     """
     for chunk in setup.model:
         chunk.eval()
@@ -133,7 +133,7 @@ def evaluate_loss(
         reports += _run_schedule(setup, data_iterator, num_microbatches, forward_only=True)
     total, num_tokens = _sum_reports(reports, setup.backend.device)
     if num_tokens == 0:
-        raise DataError(
+        raise TrainingError(
             f"evaluation: the loss of every token of {num_batches} batches is masked, so that "
             "there is no mean. Look at the held-out data, use more --eval-iters, or leave "
             "--eod-mask-loss out"

@@ -85,6 +85,7 @@ class Trainer:
             setup.config.logging.tensorboard_dir,
             first_iteration=position.iteration + 1,
             is_writer=torch.distributed.get_rank() == 0,
+            say=console.say,
         )
 
     def run(self) -> int:
@@ -105,9 +106,10 @@ class Trainer:
             if stop is None:
                 stop = self._run_steps()
             stop = self._finish(stop)
-        except TrainingError:
+        except Exception as error:
             # All ranks meet it, so that together they can complete what is being written.
-            self._complete_pending_save()
+            if isinstance(error, TrainingError) or self._world_size == 1:
+                self._complete_pending_save()
             raise
         finally:
             self._console.stop()
@@ -270,15 +272,13 @@ class Trainer:
         if self._saver is None or self._last_saved == self.position:
             return
         began = time.perf_counter()
-        folder = None
-        with self._watch.phase("saving"), whole_weights(self.setup):
-            damage = self._find_damage()
-            if damage is None:
-                check_replicas(self.setup, self.position.iteration)
-                folder = self._saver.save(self.position, self._record())
-        if damage is not None:
+        # Also after a training has gone back for it: the last checkpoint may not be missing.
+        while (damage := self._find_damage()) is not None:
             with self._watch.phase("rewinding"):
                 self._bad_steps.look_at_damage(damage)
+        with self._watch.phase("saving"), whole_weights(self.setup):
+            check_replicas(self.setup, self.position.iteration)
+            folder = self._saver.save(self.position, self._record())
         if folder is None:
             return
         self._last_saved = self.position
@@ -303,7 +303,8 @@ class Trainer:
 
     def _find_damage(self) -> TrainingError | None:
         try:
-            check_finite(self.setup, self.position.iteration)
+            with self._watch.phase("saving"), whole_weights(self.setup):
+                check_finite(self.setup, self.position.iteration)
         except TrainingError as damage:
             return damage
         return None
@@ -312,7 +313,12 @@ class Trainer:
         if stop is None:
             if self._interval.num_steps:
                 self._report()
-            stop = self._evaluate_at_end()
+            try:
+                stop = self._evaluate_at_end()
+            except TrainingError:
+                # Held-out data are no reason to lose what was trained.
+                self._save()
+                raise
             self._save()
         if self._saver is not None:
             with self._watch.phase("saving"):

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_memory.config import Config
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint.loader import find_start
+from megatron_memory.training.checkpoint.finding import find_start
 from tests.distributed import run_ranks
 from tests.soak.rounds import rounds
 from tests.tiny import one_rank  # noqa: F401

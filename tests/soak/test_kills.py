@@ -10,7 +10,7 @@ import torch
 
 from megatron_memory.config import Config
 from megatron_memory.training.checkpoint import folders
-from megatron_memory.training.checkpoint.loader import find_checkpoint
+from megatron_memory.training.checkpoint.finding import find_checkpoint
 from tests.distributed import run_ranks
 from tests.soak.killed_runs import Life, seen_losses, start, wait_until
 from tests.soak.rounds import rounds

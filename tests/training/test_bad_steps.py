@@ -134,6 +134,11 @@ def _compare(config: Config, save: str) -> dict[str, object]:
     damaged = change(rewinding, "checkpoint", save=f"{save}/damaged", save_interval=3)
     found["damaged state"] = _spoiled_run(damaged, "state", at=6, rank=1)
     found["without 4 to 6"] = _without(seven, [4, 5, 6])
+    found["without 5 to 7"] = _without(seven, [5, 6, 7])
+    last = change(damaged, "checkpoint", save=f"{save}/last", save_interval=4)
+    found["damaged at the end"] = _spoiled_run(last, "state", at=7, rank=1)
+    torch.distributed.barrier()
+    found["saved at the end"] = folders.saved_iterations(Path(f"{save}/last"))
     plain = dict.fromkeys(OVERLAPPED, False)
     rewinding = change(change(rewinding, "parallel", **plain), "checkpoint", save=f"{save}/plain")
     found["rewound, plain optimizer"] = _spoiled_run(rewinding, "loss", at=5, rank=1)
@@ -188,12 +193,16 @@ def test_skipping_and_going_back_equal_a_run_without_those_data(dataset: str, tm
             ("rewound", "without 5"),
             ("rewound two", "without 5 and 6"),
             ("damaged state", "without 4 to 6"),
+            ("damaged at the end", "without 5 to 7"),
             ("rewound, plain optimizer", "without 5, plain optimizer"),
         ):
             seen, problem, _ = found[name]
             assert problem == "" and seen.iterations == [1, 2, 3, 4, 5, 6, 7], (name, problem)
             assert _equal(seen, found[reference]), name
-            assert seen.losses[-1] == found[reference].losses[-1]
+            if name != "damaged at the end":
+                assert seen.losses[-1] == found[reference].losses[-1]
+        # The last checkpoint is written although the run went back for it.
+        assert found["saved at the end"] == [4, 7]
         assert not _equal(found["skipped"][0], found["rewound"][0])
         assert "3 in a row, and --max-bad-steps is 2" in found["too many"][1]
         assert "Omitting steps does not help" in found["damaged"][1]
@@ -269,19 +278,31 @@ def test_checkpoints_from_before_a_spike_stay_while_it_lasts(dataset: str, tmp_p
     assert any("iteration 12: a loss spike" in line for line in said)
 
 
-def _evaluate(config: Config) -> str:
-    original = trainer.evaluate_loss
-    trainer.evaluate_loss = lambda *args, **kwargs: float("nan")
+def _evaluate(config: Config) -> tuple[str, list[int]]:
+    """Validation losses that are none from the second one on."""
+    original, losses = trainer.evaluate_loss, [1.0]
+    trainer.evaluate_loss = lambda *args, **kwargs: losses.pop() if losses else float("nan")
+    told = "nothing"
     try:
         run(config)
     except TrainingError as error:
-        return str(error)
+        told = str(error)
     finally:
         trainer.evaluate_loss = original
-    return "nothing"
+    return told, folders.saved_iterations(Path(str(config.checkpoint.save)))
 
 
-def test_a_validation_loss_that_is_not_finite_is_an_error(dataset: str):
-    config = change(tiny_config(dataset), "training", eval_iters=1, eval_interval=2, train_iters=2)
-    (told,) = run_ranks(_evaluate, 1, config)
-    assert told.startswith("iteration 0: the validation loss is nan")
+def _evaluations(config: Config, root: str) -> list[tuple[str, list[int]]]:
+    at_end = change(config, "training", eval_interval=100)
+    return [
+        _evaluate(change(config, "checkpoint", save=f"{root}/{number}"))
+        for number, config in enumerate((config, at_end))
+    ]
+
+
+def test_a_validation_loss_that_is_not_finite_is_an_error(dataset: str, tmp_path: Path):
+    config = change(tiny_config(dataset), "training", eval_iters=1, eval_interval=2, train_iters=3)
+    (((amid, unsaved), (at_end, saved)),) = run_ranks(_evaluations, 1, config, str(tmp_path))
+    assert amid.startswith("iteration 2: the validation loss is nan") and unsaved == []
+    # The weights are finite, and all that there is of the training.
+    assert at_end.startswith("iteration 3: the validation loss is nan") and saved == [3]

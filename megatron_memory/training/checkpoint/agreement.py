@@ -10,6 +10,13 @@ from megatron_memory.exceptions import CheckpointError
 T = TypeVar("T")
 
 
+def described(error: OSError) -> str:
+    """An error of the system for the user: its file, where it has one, and what it says."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 def ask_first_rank(function: Callable[[], T]) -> T:
     """Call the function on rank 0 and return its answer on every rank; a collective call.
 
@@ -23,7 +30,7 @@ def ask_first_rank(function: Callable[[], T]) -> T:
         except CheckpointError as error:
             outcome[1] = str(error)
         except OSError as error:
-            outcome[1] = f"{error.filename}: {error.strerror}"
+            outcome[1] = described(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise CheckpointError(outcome[1])

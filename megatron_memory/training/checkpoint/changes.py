@@ -9,7 +9,7 @@ from megatron_memory.exceptions import CheckpointError, DataError
 from megatron_memory.training.checkpoint.agreement import raise_on_all
 from megatron_memory.training.checkpoint.architecture import decides_model
 from megatron_memory.training.checkpoint.data_order import order_changes, read_parts
-from megatron_memory.training.checkpoint.loader import Found, Notify
+from megatron_memory.training.checkpoint.finding import Found, Notify
 
 DATA_ORDER = "data_order"
 

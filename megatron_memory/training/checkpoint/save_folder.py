@@ -13,8 +13,9 @@ from pathlib import Path
 from megatron_memory.config import CheckpointConfig
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint import folders
-from megatron_memory.training.checkpoint.agreement import ask_first_rank
+from megatron_memory.training.checkpoint.agreement import ask_first_rank, described
 from megatron_memory.training.checkpoint.lease import Lease
+from megatron_memory.training.checkpoint.writer_errors import advice
 
 _EARLIER = "earlier-{}"
 _ANEW = "--start-anew moves what is there to a folder {earlier} and begins at iteration 0"
@@ -35,8 +36,13 @@ def only_writer(checkpoint: CheckpointConfig, say: Callable[[str], None]) -> Ite
     held: list[Lease] = []
 
     def hold(root: Path) -> list[str]:
-        held.append(Lease(root, say))
-        return folders.remove_leftovers(root)
+        try:
+            held.append(Lease(root, say))
+            return folders.remove_leftovers(root)
+        except OSError as error:
+            raise CheckpointError(
+                f"--save {root} cannot be written to: {described(error)}. {advice(error.errno)}"
+            ) from error
 
     try:
         if checkpoint.save is not None:

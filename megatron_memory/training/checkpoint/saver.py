@@ -141,8 +141,12 @@ class CheckpointSaver:
         assert self._writing is not None, "nothing was being written"
         partial = folders.incomplete_folder(self._root, self._writing.iteration, self._run)
         shutil.rmtree(partial, ignore_errors=True)
-        kept = folders.read_tracker(self._root)
-        newest = "there is none yet" if kept is None else f"the newest is iteration {kept}"
+        try:
+            kept = folders.read_tracker(self._root)
+            newest = "there is none yet" if kept is None else f"the newest is iteration {kept}"
+        except CheckpointError:
+            # The disk that fails has this file, too. It is no reason to end the training.
+            newest = f"which is the newest cannot be read ({folders.TRACKER})"
         return (
             f"--save {self._root}: the checkpoint of iteration {self._writing.iteration} could not "
             f"be written: {found}. {writer_errors.meaning(found)}. What was written of it is "
@@ -219,8 +223,11 @@ class CheckpointSaver:
         """
 
         def attempt() -> tuple[T | None, str | None]:
-            if self._lease is not None:
-                self._lease.require()
+            try:
+                if self._lease is not None:
+                    self._lease.require()
+            except OSError as error:
+                return None, str(error)
             try:
                 return function(), None
             except (CheckpointError, OSError) as error:

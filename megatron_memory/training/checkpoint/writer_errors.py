@@ -23,6 +23,8 @@ from megatron.core.dist_checkpointing.strategies.common import (
 )
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_memory.training.checkpoint.writer_processes import write_in_processes
+
 _MEANINGS = {
     errno.ENOSPC: "There is no space left: delete something, or lower --keep-last",
     errno.EDQUOT: "The quota is used up: delete something, or ask for more",
@@ -47,6 +49,7 @@ def install() -> None:
     if not hasattr(FileSystemWriterAsync.write_preloaded_data, "keeps_causes"):
         write = _with_causes(FileSystemWriterAsync.write_preloaded_data)
         FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+        FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_in_processes)
         TorchCommonSaveStrategy.save_common = _save_common
     for owner, name in (
         (FileSystemWriterAsync, "finish"),
@@ -75,7 +78,12 @@ def raise_kept() -> None:
 def meaning(text: str) -> str:
     """What to do about an error, from its text as Python writes it."""
     number = re.search(r"\[Errno (\d+)\]", text)
-    return _MEANINGS.get(int(number[1]), _REST) if number else _NOT_OF_DISK
+    return advice(int(number[1])) if number else _NOT_OF_DISK
+
+
+def advice(number: int | None) -> str:
+    """What to do about an error of the system, by its number."""
+    return _REST if number is None else _MEANINGS.get(number, _REST)
 
 
 def _save_common(

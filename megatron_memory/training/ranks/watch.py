@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_memory.exceptions import USER_ERRORS
+from megatron_memory.output import try_print
 from megatron_memory.runtime import processes
 from megatron_memory.training.ranks.beat import ENDED, LOST, RUNNING, Beat, whereabouts
 from megatron_memory.training.ranks.launcher import LauncherBeats
@@ -206,9 +207,7 @@ class RankWatch:
     def _end(self, verdict: "_Verdict") -> None:
         """Say what happened, write this process's stacks, let the others hear it, and end."""
         lines = [*verdict.lines(), *self._dump(verdict.folder)]
-        print(
-            "\n".join(f"rank {self._rank}: {line}" for line in lines), file=sys.stderr, flush=True
-        )
+        try_print("\n".join(f"rank {self._rank}: {line}" for line in lines), sys.stderr)
         with contextlib.suppress(dist.DistError, RuntimeError):
             num_others = self._world_size - len(verdict.culprits)
             self._store.add("heard", 1)

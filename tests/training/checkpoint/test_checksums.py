@@ -12,7 +12,7 @@ import torch
 
 from megatron_memory.config import Config
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.training.checkpoint import checksums, checksums_together, folders, loader
+from megatron_memory.training.checkpoint import checksums, checksums_together, finding, folders
 from megatron_memory.training.checkpoint.checksums import (
     SUMS_FILE,
     Sums,
@@ -159,7 +159,7 @@ def _load(config: Config, folder: str) -> tuple[str | None, list[str], dict[str,
     said: list[str] = []
     problem = None
     try:
-        loader.find_start(change(config, "checkpoint", load=folder), VOCAB, said.append)
+        finding.find_start(change(config, "checkpoint", load=folder), VOCAB, said.append)
     except CheckpointError as error:
         problem = str(error)
     finally:

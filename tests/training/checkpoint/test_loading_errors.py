@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_memory.config import Config, save_config
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.finding import find_checkpoint, read_common
 from megatron_memory.training.checkpoint.integrity import check_whole
-from megatron_memory.training.checkpoint.loader import find_checkpoint, read_common
 from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from megatron_memory.training.checkpoint.reader import _CheckedReader
 from tests.distributed import run_ranks

@@ -19,7 +19,7 @@ from megatron_memory.memory import table
 from megatron_memory.optimizer import MemoryOptimizer
 from megatron_memory.runtime import select_backend
 from megatron_memory.runtime.distributed import initialize_distributed
-from megatron_memory.training.checkpoint import loader, saver, state
+from megatron_memory.training.checkpoint import finding, loader, saver, state
 from megatron_memory.training.setup import TrainingSetup, build_training_setup
 from tests.distributed import run_ranks
 from tests.memory_growth import growth
@@ -60,7 +60,7 @@ def measure(log_half_keys: int, folder: Path, gathers: bool = False) -> Growth:
     _step(setup)
     writer = saver.CheckpointSaver(setup, VOCAB)
     save = growth(functools.partial(writer.save, state.Position(iteration=1)))
-    found = loader.find_start(config, VOCAB, notify=_ignore)
+    found = finding.find_start(config, VOCAB, notify=_ignore)
     assert found is not None
     load = growth(functools.partial(loader.load_checkpoint, setup, found, notify=_ignore))
     return Growth(save=save, load=load)

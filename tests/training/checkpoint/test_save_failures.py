@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import inspect
 import os
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from megatron_memory.entry import EXIT_NOT_SAVED, run_entry
 from megatron_memory.exceptions import SaveError, TrainingError
 from megatron_memory.training import progress, step, trainer
 from megatron_memory.training.checkpoint import folders, writer_errors
+from megatron_memory.training.checkpoint.lease import Lease
+from megatron_memory.training.checkpoint.writer_processes import write_in_processes
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import change, run, tiny_config
 
@@ -42,6 +46,49 @@ def _full_disk(times: list[int]):
 
     write.keeps_causes = True
     return _replaced(FileSystemWriterAsync, "write_preloaded_data", staticmethod(write))
+
+
+def _killed_writer(times: list[int]):
+    """As the kernel does where memory is short: no word of the process that writes."""
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    def write(*args, write_bucket, **kwargs):
+        if torch.distributed.get_rank() == 1 and _is_at(write_bucket[0], times):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*args, write_bucket=write_bucket, **kwargs)
+
+    write.keeps_causes = True
+    return _replaced(FileSystemWriterAsync, "write_preloaded_data", staticmethod(write))
+
+
+def _lost_folder(at: int):
+    """A file system that answers nothing on rank 0, while a checkpoint is written."""
+    original, reading = folders.begin, folders.read_bounded
+
+    def begin(root, iteration, run=None):
+        if iteration == at:
+            folders.read_bounded = _stale
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root))
+        folders.read_bounded = reading
+        return original(root, iteration, run)
+
+    return _replaced(folders, "begin", begin)
+
+
+def _stale(*args):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def _unreadable_lease(at: list[int]):
+    original, calls = Lease.require, [0]
+
+    def require(self):
+        calls[0] += 1
+        if calls[0] in at:
+            _stale()
+        original(self)
+
+    return _replaced(Lease, "require", require)
 
 
 def _is_at(path: object, times: list[int]) -> bool:
@@ -118,6 +165,11 @@ def _stories(config: Config, root: str) -> dict[str, tuple]:
         "common": story("common", _limited_files([4])),
         "metadata": story("meta", _raises(FileSystemWriterAsync, "finish", errno.EDQUOT, [4])),
         "format": story("format", _raises(serialization, "save_config", errno.EROFS, [4])),
+        "killed": story("killed", _killed_writer([4])),
+        "killed async": story("killed_async", _killed_writer([4]), async_save=True),
+        "lost": story("lost", _lost_folder(4)),
+        # Three times a save: before its folder, for what rank 0 wrote, and before its name.
+        "lease": story("lease", _unreadable_lease([4])),
         "pending": story("pending", _not_a_number_at(3), async_save=True),
     }
 
@@ -130,7 +182,8 @@ def test_failed_saves_are_said_tried_again_and_end_the_run_at_last(dataset: str,
     config = change(config, "training", train_iters=8)
     first, second = run_ranks(_stories, 2, config, str(tmp_path))
     assert first == second
-    for name in ("sync", "async", "common", "metadata", "format"):
+    listed = ("sync", "async", "common", "metadata", "format", "killed", "killed async")
+    for name in (*listed, "lost", "lease"):
         error, failures, saved, others = first[name]
         assert error == "" and others == LEFT, (name, error, others)
         assert saved == [2, 6, 8], name
@@ -138,12 +191,17 @@ def test_failed_saves_are_said_tried_again_and_end_the_run_at_last(dataset: str,
         assert (
             f"{tmp_path}" in said and "the checkpoint of iteration 4 could not be written" in said
         )
-        assert "of complete checkpoints the newest is iteration 2" in said
+        newest = "which is the newest cannot be read" if name == "lost" else "the newest is iter"
+        assert f"of complete checkpoints {newest}" in said
         assert said.endswith("the next save is retry 1 of 3 (--save-retries)")
     for name in ("sync", "async"):
         said = first[name][1][0]
         assert "rank 1: " in said and "[Errno 28] No space left on device" in said
         assert "There is no space left" in said
+    for name in ("killed", "killed async"):
+        assert "was ended by signal 9. No disk says so" in first[name][1][0]
+    for name in ("lost", "lease"):
+        assert "The network file system has lost the folder" in first[name][1][0]
     assert "Files may not be that large there" in first["common"][1][0]
     assert "The quota is used up" in first["metadata"][1][0]
     assert "The file system can only be read" in first["format"][1][0]
@@ -174,4 +232,14 @@ def test_exit_code_of_its_own(capsys: pytest.CaptureFixture):
 def test_megatron_cores_writer_has_what_is_fitted():
     writer_errors.install()
     assert FileSystemWriterAsync.write_preloaded_data.keeps_causes
+    assert FileSystemWriterAsync.write_preloaded_data_multiproc is write_in_processes
+    taken = inspect.signature(FileSystemWriterAsync.write_preloaded_data.__wrapped__).parameters
+    assert list(taken)[:6] == [
+        "transform_list",
+        "local_proc_idx",
+        "write_bucket",
+        "results_queue",
+        "count_queue",
+        "use_fsync",
+    ]
     assert FileSystemWriterAsync.finish.keeps_errors and serialization.save_config.keeps_errors

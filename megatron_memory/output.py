@@ -1,0 +1,34 @@
+"""Lines for the user where they may get lost: a full disk, a terminal or a pipe that is gone.
+
+None of these is a reason to end a training, or to end it without its checkpoint and exit code.
+"""
+
+import contextlib
+import os
+import sys
+from typing import TextIO
+
+
+def try_print(line: str, stream: TextIO) -> OSError | None:
+    """Print a line.
+
+    Returns:
+        why it could not be written; what is lost by then may be more than this line.
+    """
+    try:
+        print(line, file=stream, flush=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def let_go_of_output() -> None:
+    """Drop what cannot be written before the process ends: Python would replace its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
