@@ -7,8 +7,10 @@ all ranks agree before the update, by the all-reduce that asks for signals anywa
 
 import collections
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 from megatron_memory.config import TrainingConfig
 from megatron_memory.exceptions import CheckpointError, TrainingError
@@ -139,6 +141,34 @@ class Spike:
     """Of the losses before it."""
 
 
+SpikeState = dict[str, Any]
+"""Plain values: `losses`, those of the window, and `spike`, the fields of the one that lasts."""
+
+
+def is_spike_state(value: Any) -> bool:
+    """Whether a checkpoint's value can be one."""
+    if value is None:
+        return True
+    if type(value) is not dict or value.keys() != {"losses", "spike"}:
+        return False
+    losses, spike = value["losses"], value["spike"]
+    return (
+        type(losses) is list
+        and len(losses) <= _WINDOW
+        and all(type(loss) is float and math.isfinite(loss) for loss in losses)
+        and (spike is None or _is_spike(spike))
+    )
+
+
+def _is_spike(fields: Any) -> bool:
+    return (
+        type(fields) is dict
+        and fields.keys() == {"first_iteration", "median"}
+        and type(fields["first_iteration"]) is int
+        and type(fields["median"]) is float
+    )
+
+
 class LossSpikes:
     """Tells losses above a multiple of the median of the last ones.
 
@@ -147,13 +177,27 @@ class LossSpikes:
     Args:
         factor: the multiple; None looks for none.
         say: receives a line when a spike begins and when it ends.
+        before: what `state` gave in the run that this one goes on with; None: nothing is known.
     """
 
-    def __init__(self, factor: float | None, say: Callable[[str], None]):
+    def __init__(
+        self, factor: float | None, say: Callable[[str], None], before: SpikeState | None = None
+    ):
         self._factor, self._say = factor, say
         self._losses: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self.spike: Spike | None = None
         """The one that lasts."""
+        if before is not None and factor is not None:
+            self._losses.extend(before["losses"])
+            if before["spike"] is not None:
+                self.spike = Spike(**before["spike"])
+
+    def state(self) -> SpikeState | None:
+        """For a checkpoint, so that a run that starts again during a spike knows of it."""
+        if self._factor is None:
+            return None
+        spike = None if self.spike is None else dataclasses.asdict(self.spike)
+        return {"losses": list(self._losses), "spike": spike}
 
     def look(self, iteration: int, result: StepResult) -> bool:
         """Whether a step's loss is part of a spike; a bad step's counts for nothing."""

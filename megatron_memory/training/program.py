@@ -1,6 +1,8 @@
 """One run of the training program on one rank, from a checked configuration to the exit code."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,12 +10,14 @@ from megatron_memory.config import Config
 from megatron_memory.data.datasets import Datasets, build_datasets
 from megatron_memory.data.tokenizer_hash import TOKENIZER_HASH, hash_of
 from megatron_memory.data.tokenizers import build_tokenizer, check_vocab_size, padded_vocab_size
+from megatron_memory.exceptions import CheckpointError
 from megatron_memory.planning.copies import copies_notes
 from megatron_memory.planning.fit import check_parameters_fit
 from megatron_memory.runtime import Backend
 from megatron_memory.runtime.available_memory import available_bytes
 from megatron_memory.runtime.distributed import initialize_distributed
 from megatron_memory.runtime.kernels import choose_kernels
+from megatron_memory.training.bad_steps import SpikeState, is_spike_state
 from megatron_memory.training.checkpoint.changes import (
     check_data_order,
     check_optimizer_kind,
@@ -36,7 +40,7 @@ from megatron_memory.training.ranks.watch import RankWatch
 from megatron_memory.training.rewinding import Rewinder
 from megatron_memory.training.setup import build_training_setup
 from megatron_memory.training.stopping import SignalCatcher
-from megatron_memory.training.trainer import EVALUATION_IS_DUE, OnStep, Trainer
+from megatron_memory.training.trainer import EVALUATION_IS_DUE, LOSS_SPIKES, OnStep, Trainer
 
 
 def run_training(config: Config, backend: Backend, on_step: OnStep | None = None) -> int:
@@ -122,6 +126,7 @@ def _build_trainer(
         saver = CheckpointSaver(setup, vocab_size, lease, console.say, kept)
         start = None if config.checkpoint.finetune else found
         rewind = Rewinder(setup, saver, start, vocab_size, console.say)
+    before = {} if found is None or config.checkpoint.finetune else found.common
     # From here on there is something to save. Before, a signal ends the program at once.
     signals = SignalCatcher()
     signals.install()
@@ -136,10 +141,18 @@ def _build_trainer(
         padded_vocab_size=padded,
         rewind=rewind,
         on_step=on_step,
-        evaluation_is_due=found is not None
-        and not config.checkpoint.finetune
-        and found.common.get(EVALUATION_IS_DUE) is True,
+        evaluation_is_due=before.get(EVALUATION_IS_DUE) is True,
+        loss_spikes=_spikes_of(before),
     )
+
+
+def _spikes_of(common: Mapping[str, Any]) -> SpikeState | None:
+    state = common.get(LOSS_SPIKES)
+    if not is_spike_state(state):
+        raise CheckpointError(
+            f"the checkpoint's {LOSS_SPIKES} is damaged: {state!r:.80}. Load an older one"
+        )
+    return state
 
 
 def tokenizer_of(config: Config):

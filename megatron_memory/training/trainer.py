@@ -12,7 +12,7 @@ from megatron_memory.data.loader import batch_iterator
 from megatron_memory.exceptions import CheckpointError, TrainingError
 from megatron_memory.planning.flops import flops_per_token
 from megatron_memory.runtime.distributed import seed_step
-from megatron_memory.training.bad_steps import BadSteps, LossSpikes, Rewind
+from megatron_memory.training.bad_steps import BadSteps, LossSpikes, Rewind, SpikeState
 from megatron_memory.training.checkpoint.changes import DATA_ORDER
 from megatron_memory.training.checkpoint.data_order import as_plain, read_parts
 from megatron_memory.training.checkpoint.replicas import check_replicas
@@ -32,6 +32,8 @@ OnStep = Callable[[int, StepResult], None]
 
 EVALUATION_IS_DUE = "evaluation_is_due"
 """Of a checkpoint: whether its run should have evaluated there, and was stopped."""
+LOSS_SPIKES = "loss_spikes"
+"""Of a checkpoint: `LossSpikes.state`."""
 
 
 class Trainer:
@@ -49,6 +51,7 @@ class Trainer:
         rewind: what `--on-bad-step rewind` calls; None where there is nothing to go back to.
         on_step: called on every rank with each iteration's number and result.
         evaluation_is_due: the run before stopped when it should have evaluated.
+        loss_spikes: what the run before knew of them.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Trainer:
         rewind: Rewind | None = None,
         on_step: OnStep | None = None,
         evaluation_is_due: bool = False,
+        loss_spikes: SpikeState | None = None,
     ):
         self.setup = setup
         self.position = position
@@ -76,7 +80,7 @@ class Trainer:
         self._flops_per_token = sum(flops_per_token(setup.config, padded_vocab_size).values())
         self._stop_checker = StopChecker(self._training, signals, setup.backend.device)
         self._bad_steps = BadSteps(self._training, rewind, console.say)
-        self._spikes = LossSpikes(self._training.loss_spike_factor, console.say)
+        self._spikes = LossSpikes(self._training.loss_spike_factor, console.say, loss_spikes)
         self._usage = setup.usage
         self._interval = Interval()
         self._last_saved = position
@@ -299,7 +303,11 @@ class Trainer:
         parts = []
         if self._datasets.train is not None:
             parts = read_parts(self._datasets.train, self.position.consumed_samples)
-        return {DATA_ORDER: as_plain(parts), EVALUATION_IS_DUE: self._evaluation_is_due}
+        return {
+            DATA_ORDER: as_plain(parts),
+            EVALUATION_IS_DUE: self._evaluation_is_due,
+            LOSS_SPIKES: self._spikes.state(),
+        }
 
     def _find_damage(self) -> TrainingError | None:
         try:

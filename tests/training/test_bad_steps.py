@@ -10,7 +10,7 @@ from megatron_memory.config import Config
 from megatron_memory.exceptions import TrainingError
 from megatron_memory.optimizer.states import states_by_parameter
 from megatron_memory.training import finite, step, trainer
-from megatron_memory.training.bad_steps import LossSpikes
+from megatron_memory.training.bad_steps import LossSpikes, is_spike_state
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.setup import TrainingSetup
 from megatron_memory.training.step import StepResult
@@ -259,7 +259,9 @@ def _spike(config: Config, save: str) -> tuple[list[int], list[str]]:
     trainer.train_step, say = spiking, trainer.Console.say
     trainer.Console.say = lambda self, line: said.append(line)
     try:
-        run(change(config, "training", loss_spike_factor=3.0))
+        config = change(config, "training", loss_spike_factor=3.0)
+        run(change(config, "training", exit_interval=13))
+        run(change(config, "checkpoint", load=save))
     finally:
         trainer.train_step, trainer.Console.say = original, say
     return folders.saved_iterations(Path(save)), said
@@ -274,8 +276,30 @@ def test_checkpoints_from_before_a_spike_stay_while_it_lasts(dataset: str, tmp_p
     config = change(config, "training", train_iters=15)
     ((saved, said),) = run_ranks(_spike, 1, config, str(tmp_path))
     assert saved == [10, 11, 14, 15]
-    assert any("4 in a loss spike" in line for line in said)
+    # The run that starts again in the middle of the spike knows of it.
+    assert any("2 in a loss spike" in line for line in said)
+    assert sum("a loss spike:" in line for line in said) == 1
     assert any("iteration 12: a loss spike" in line for line in said)
+
+
+def test_what_a_checkpoint_says_of_spikes_is_what_a_run_wrote():
+    spikes = LossSpikes(2.0, lambda line: None)
+    for iteration, result in enumerate(_results([4.0] * 12 + [9.0])):
+        spikes.look(iteration, result)
+    state = spikes.state()
+    assert state["spike"]["first_iteration"] == 12 and is_spike_state(state)
+    assert LossSpikes(2.0, print, state).state() == state
+    assert LossSpikes(None, print, state).state() is None and is_spike_state(None)
+    for damaged in (
+        {},
+        [],
+        state | {"losses": [float("nan")]},
+        state | {"losses": [1.0] * 101},
+        state | {"losses": ["1"]},
+        state | {"spike": {"first_iteration": "1", "median": 1.0}},
+        state | {"spike": {}},
+    ):
+        assert not is_spike_state(damaged), damaged
 
 
 def _evaluate(config: Config) -> tuple[str, list[int]]:

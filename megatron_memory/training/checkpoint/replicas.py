@@ -105,18 +105,39 @@ def _names(names: list[str]) -> str:
 def fingerprint(tensor: Tensor) -> Tensor:
     """A number of 64 bits that any change of a single element changes, on the tensor's device.
 
-    The sum of each element's bits times an odd number of its place, modulo 2^64: sums of integers
-    do not depend on their order.
+    The sum of each eight bytes times an odd number made of their place, modulo 2^64: sums of
+    integers do not depend on their order.
     """
     flat = tensor.detach().reshape(-1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    places = torch.arange(1, 2 * min(_AT_ONCE, max(1, len(bits))), 2, device=tensor.device)
-    places *= _ODD
-    for number, part in enumerate(bits.split(_AT_ONCE)):
+    places = _mixed(torch.arange(min(_AT_ONCE, len(flat)), device=tensor.device))
+    numbers = _mixed(torch.arange(1 + len(flat) // _AT_ONCE, device=tensor.device))
+    for number, part in enumerate(flat.split(_AT_ONCE)):
+        words = _words(part)
         # Another odd number for each part, so that parts cannot change places.
-        total += (part.long() * places[: len(part)]).sum() * (2 * number * _ODD + 1)
+        total += (words * places[: len(words)]).sum() * numbers[number]
     return total
+
+
+def _words(part: Tensor) -> Tensor:
+    """The bytes of a flat tensor, eight in each int64; the last elements in one each."""
+    ratio = 8 // part.element_size()
+    whole = len(part) // ratio * ratio
+    head, tail = part[:whole], part[whole:]
+    if head.storage_offset() % ratio:
+        # Such a view must begin at a word. Copies on other ranks may, and must give the same.
+        head = head.clone()
+    words = head.view(torch.int64)
+    return words if not len(tail) else torch.cat((words, tail.view(_INTEGERS[8 // ratio]).long()))
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Odd numbers that look drawn: of consecutive ones, small differences would cancel out."""
+    mixed = numbers
+    for _ in range(2):
+        mixed = (mixed + 1) * _ODD
+        mixed ^= mixed >> 29
+    return mixed | 1
 
 
 _ODD = 0x1E3779B97F4A7C15

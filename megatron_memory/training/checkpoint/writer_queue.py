@@ -9,29 +9,42 @@ pickled: to open it the process would import torch, two seconds of each rank's f
 This module is imported by that process: it must stay light.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
+_MANAGER_IS_GONE = (OSError, EOFError)
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 """`stopping.STOP_SIGNALS`, whose module is too heavy for this process."""
 
 
 class SealedQueue:
-    """A manager's queue whose items the manager does not open; what megatron-core uses of one."""
+    """A manager's queue whose items the manager does not open; what megatron-core uses of one.
 
-    def __init__(self, queue: "Queue[bytes]"):
-        self._queue = queue
+    Where the manager has been killed the items are lost, which is an error of one save alone: the
+    next has a new manager.
+
+    Args:
+        start: starts a manager, and returns a queue of it.
+    """
+
+    def __init__(self, start: "Callable[[], Queue[bytes]]"):
+        self._start = start
+        self._queue = start()
 
     def put(self, item: Any) -> None:
         """Add an item; it must be picklable."""
-        self._queue.put(pickle.dumps(item))
+        # That it is missing is noticed by `get_nowait`.
+        with contextlib.suppress(*_MANAGER_IS_GONE):
+            self._queue.put(pickle.dumps(item))
 
     def get_nowait(self) -> Any:
         """The oldest item.
@@ -39,8 +52,13 @@ class SealedQueue:
         Raises:
             queue.Empty: there is none.
         """
+        try:
+            sealed = self._queue.get_nowait()
+        except _MANAGER_IS_GONE as error:
+            self._queue = self._start()
+            raise Empty from error
         # What this run's own writers put in: no file, and nobody else, reaches this queue.
-        return pickle.loads(self._queue.get_nowait())  # nosec B301
+        return pickle.loads(sealed)  # nosec B301
 
 
 def start_writer_queue() -> None:
@@ -49,9 +67,13 @@ def start_writer_queue() -> None:
 
     if filesystem_async._results_queue is not None:
         return
+    filesystem_async._results_queue = SealedQueue(_queue_of_a_new_manager)
+
+
+def _queue_of_a_new_manager() -> "Queue[bytes]":
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(initializer=_become_server)
-    filesystem_async._results_queue = SealedQueue(manager.Queue())
+    return manager.Queue()
 
 
 def _become_server() -> None:

@@ -1,5 +1,6 @@
 """Copies that several ranks hold: a rank whose copy has drifted is named, and nothing is saved."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_a_fingerprint_changes_with_every_element(dtype: torch.dtype, monkeypatc
     parts = tensor.view(-1)[:32].view(4, 8)
     assert int(fingerprint(parts)) != int(fingerprint(parts[[1, 0, 2, 3]]))
     assert int(fingerprint(tensor.view(-1)[:0])) == 0
+    # Where in a buffer a copy begins does not matter, and neither does how large it is.
+    shifted = torch.cat((tensor.view(-1)[:1], tensor.view(-1)))[1:]
+    assert int(fingerprint(shifted)) in before
+    large = torch.arange(8000).remainder(100).to(dtype)
+    prints = {int(fingerprint(large.roll(8 * part))) for part in range(100)}
+    assert len(prints) == 25
+    # The last digits of two neighbours, as another order of a sum would change them.
+    small = torch.zeros(16, dtype=torch.int64)
+    for one, other in itertools.product(range(-4, 5), repeat=2):
+        small[0], small[1] = one, other
+        prints.add(int(fingerprint(small)))
+    assert len(prints) == 25 + 81 and -(1 << 63) <= min(prints) <= max(prints) < 1 << 63
 
 
 @torch.no_grad()
