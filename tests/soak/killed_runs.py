@@ -42,13 +42,13 @@ class Life:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = SECONDS_TO_END) -> None:
         """Until the launcher and every rank have ended."""
-        _, alive = psutil.wait_procs([self.launcher, *self.ranks], timeout=SECONDS_TO_END)
+        _, alive = psutil.wait_procs([self.launcher, *self.ranks], timeout=seconds)
         alive = [process for process in alive if _runs(process)]
         for process in alive:
             process.kill()
-        assert not alive, f"{len(alive)} processes did not end within {SECONDS_TO_END} s"
+        assert not alive, f"{len(alive)} processes did not end within {seconds} s"
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -17,7 +17,7 @@ from tests.soak.rounds import rounds
 from tests.training.tiny_runs import VOCAB, change, runs, tiny_config
 
 KILLS = rounds(100)
-ITERATIONS = 16 * KILLS
+ITERATIONS = 12 * KILLS
 INTERVAL = 5
 
 
@@ -59,15 +59,15 @@ def _config(dataset: str, save: Path, *, async_save: bool) -> Config:
 
 
 def _await_moment(life: Life, save: Path, losses: Path, choose: random.Random) -> bool:
-    """Some time after the first step; every other time while a checkpoint is being written."""
-    before = len(seen_losses(losses))
-    if not wait_until(lambda: len(seen_losses(losses)) > before, life):
+    """After one to ten steps; every other time while a checkpoint is being written."""
+    enough = len(seen_losses(losses)) + choose.randint(1, 2 * INTERVAL)
+    if not wait_until(lambda: len(seen_losses(losses)) >= enough, life):
         return False
     if choose.random() < 0.5:
         wait_until(lambda: any(save.glob("iter_*.incomplete*")), life)
         time.sleep(choose.uniform(0, 0.03))
     else:
-        time.sleep(choose.uniform(0, 0.3))
+        time.sleep(choose.uniform(0, 0.05))
     return life.is_running()
 
 
@@ -75,9 +75,10 @@ def _await_moment(life: Life, save: Path, losses: Path, choose: random.Random) -
 def test_nothing_is_lost(mode: str, dataset: str, tmp_path: Path):
     save, losses = tmp_path / "save", tmp_path / "losses.jsonl"
     config = _config(dataset, save, async_save=mode == "async")
-    choose, newest, kills = random.Random(mode), 0, 0
+    choose, newest, kills, resumed = random.Random(mode), 0, 0, 0
     while kills < KILLS // 2:
         life = start(config, losses)
+        resumed += newest > 0
         if _await_moment(life, save, losses, choose):
             newest = max(newest, folders.read_tracker(save) or 0)
             choose.choice(TARGETS)(life, choose)
@@ -85,9 +86,10 @@ def test_nothing_is_lost(mode: str, dataset: str, tmp_path: Path):
         life.wait()
         newest = _newest_whole(config, newest)
         assert newest < ITERATIONS, "the training ended before it was killed often enough"
-    start(config, losses).wait()
+    start(config, losses).wait(seconds=1800)
     assert _newest_whole(config, newest) == ITERATIONS
     print(f"{kills} kills, {len(seen_losses(losses)) - ITERATIONS} steps were taken again")
+    assert resumed > kills // 2, "hardly any start had a checkpoint to go on from"
     _assert_same_run(config, losses)
 
 
