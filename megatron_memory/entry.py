@@ -1,4 +1,4 @@
-"""What the programs that torchrun starts share: how an error that the user can mend ends them."""
+"""What the programs that torchrun starts share: how an error that the user can fix ends them."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from megatron_memory.exceptions import MEND_BY_USER, SaveError
+from megatron_memory.exceptions import USER_ERRORS, SaveError
 from megatron_memory.output import let_go_of_output, try_print
 
 EXIT_ERROR = 2
@@ -34,7 +34,7 @@ def _run_entry(run: Callable[[], int]) -> int:
         # Of a training: before it has begun to catch signals.
         try_print("interrupted", sys.stderr)
         return 128 + signal.SIGINT
-    except MEND_BY_USER as error:
+    except USER_ERRORS as error:
         rank = int(os.environ.get("RANK", "0"))
         # Nodes have logs of their own, and torchrun of one node ends soon after another's.
         if int(os.environ.get("LOCAL_RANK", rank)) > 0:

@@ -1,4 +1,4 @@
-"""The errors that a user can mend. Each message names the flag or file, the value and the mend."""
+"""The errors that a user can fix. Each message names the flag or file, the value and the fix."""
 
 
 class ConfigurationError(ValueError):
@@ -21,5 +21,5 @@ class TrainingError(RuntimeError):
     """The training cannot go on: its loss or gradient is not a number."""
 
 
-MEND_BY_USER = (ConfigurationError, CheckpointError, DataError, TrainingError)
+USER_ERRORS = (ConfigurationError, CheckpointError, DataError, TrainingError)
 """Programs print these without a traceback."""

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     from megatron_memory.inference.arguments import parse_request, read_prompts
 
-    # megatron-core warns about itself, and torch about names it uses: nothing for a user to mend.
+    # megatron-core warns about itself, and torch about names it uses: nothing for a user to fix.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     request = parse_request(argv)

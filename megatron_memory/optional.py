@@ -74,7 +74,7 @@ OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
             name="resiliency",
             module="nvidia_resiliency_ext",
             distribution="nvidia-resiliency-ext",
-            purpose="detection of hung and slow ranks on GPU clusters",
+            purpose="heartbeats to its ft_launcher, beside --rank-timeout",
             install="python -m pip install -e '.[resiliency]'",
         ),
     )

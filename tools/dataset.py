@@ -28,7 +28,7 @@ from megatron_memory.data.preprocess.tokenizer import (  # noqa: E402
     TextTokenizer,
     load_text_tokenizer,
 )
-from megatron_memory.exceptions import MEND_BY_USER, ConfigurationError  # noqa: E402
+from megatron_memory.exceptions import USER_ERRORS, ConfigurationError  # noqa: E402
 
 _NUM_IDS_SHOWN = 12
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.command(args)
-    except (*MEND_BY_USER, OSError) as error:
+    except (*USER_ERRORS, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -91,7 +91,7 @@ class Problem:
     """Something wrong, and what to do about it; fatal when training cannot start with it."""
 
     what: str
-    mend: str
+    fix: str
     fatal: bool = False
 
 
@@ -200,13 +200,13 @@ def check_triton(torch_requires: list[str] | None, triton_version: str | None) -
 def check_checkout() -> list[Problem]:
     """Whether Python finds this checkout's two packages by itself, and no others of that name."""
     problems = []
-    mend = f"cd {ROOT} && {sys.executable} -m pip install --no-deps --no-build-isolation -e ."
+    fix = f"cd {ROOT} && {sys.executable} -m pip install --no-deps --no-build-isolation -e ."
     for name in ("megatron_memory", "memory_kernels"):
         spec = importlib.util.find_spec(name)
         if spec is None:
-            problems.append(Problem(f"{name} is not installed", mend, fatal=True))
+            problems.append(Problem(f"{name} is not installed", fix, fatal=True))
         elif ROOT not in Path(spec.origin or "").resolve().parents:
-            problems.append(Problem(f"{name} is taken from {spec.origin}, not from here", mend))
+            problems.append(Problem(f"{name} is taken from {spec.origin}, not from here", fix))
     return problems
 
 
@@ -313,14 +313,14 @@ def check_gpus(
             f"{f'GPU {index}':<18} {gpu['name']}, {gpu['gib']} GiB, sm {gpu['capability']}"
         )
         if gpu["error"]:
-            mend = "check the driver with nvidia-smi, and that torch is built for this GPU"
-            problems.append(Problem(f"GPU {index} fails: {gpu['error']}", mend, fatal=True))
+            fix = "check the driver with nvidia-smi, and that torch is built for this GPU"
+            problems.append(Problem(f"GPU {index} fails: {gpu['error']}", fix, fatal=True))
     if lines and "nccl" not in facts["collectives"]:
-        mend = _pip_install("--force-reinstall", "torch")
-        problems.append(Problem("torch has no NCCL, which GPUs need", mend, fatal=True))
+        fix = _pip_install("--force-reinstall", "torch")
+        problems.append(Problem("torch has no NCCL, which GPUs need", fix, fatal=True))
     if complaint:
-        mend = "load the driver anew or restart the machine"
-        problems.append(Problem(f"the NVIDIA driver complains: {complaint}", mend))
+        fix = "load the driver anew or restart the machine"
+        problems.append(Problem(f"the NVIDIA driver complains: {complaint}", fix))
     if lines:
         return lines, problems
     lines.append(f"{'GPU':<18} {'none that torch sees' if driver_gpus else 'none'}")
@@ -333,12 +333,12 @@ def _unseen_gpus(facts: dict[str, Any], driver_gpus: list[str], visible: str | N
     what = f"torch sees no GPU, the driver has {len(driver_gpus)} ({driver_gpus[0]}): "
     if facts["torch_cuda"] is None:
         pins = [f"{name}=={tested_versions()[name]}" for name in ("torch", "triton")]
-        mend = f"install a CUDA build: {_pip_install('--force-reinstall', *pins)}"
-        return Problem(what + "torch is a CPU build", mend)
+        fix = f"install a CUDA build: {_pip_install('--force-reinstall', *pins)}"
+        return Problem(what + "torch is a CPU build", fix)
     if visible is not None and visible.strip() in ("", "-1"):
         return Problem(what + "CUDA_VISIBLE_DEVICES hides them", "unset CUDA_VISIBLE_DEVICES")
-    mend = f"install a driver for CUDA {facts['torch_cuda']} or newer"
-    return Problem(what + (facts["cuda_says"] or "no reason given"), mend)
+    fix = f"install a driver for CUDA {facts['torch_cuda']} or newer"
+    return Problem(what + (facts["cuda_says"] or "no reason given"), fix)
 
 
 def what_will_be_used(facts: dict[str, Any]) -> list[str]:
@@ -377,13 +377,13 @@ def check_probe(facts: dict[str, Any]) -> list[Problem]:
     if "error" in facts:
         stages = {"gpus": "torch", "device": "megatron-core", "memory_kernels": "memory_kernels"}
         failed = next((name for fact, name in stages.items() if fact not in facts), "python")
-        mend = f"install it again: {_pip_install('--force-reinstall', '--no-deps', failed)}"
+        fix = f"install it again: {_pip_install('--force-reinstall', '--no-deps', failed)}"
         if failed == "memory_kernels":
-            mend = f"restore {ROOT / 'kernels/memory_kernels'}"
-        problems.append(Problem(f"{failed} does not start: {facts['error']}", mend, fatal=True))
+            fix = f"restore {ROOT / 'kernels/memory_kernels'}"
+        problems.append(Problem(f"{failed} does not start: {facts['error']}", fix, fatal=True))
     if facts.get("device") == "cpu" and "gloo" not in facts["collectives"]:
-        mend = _pip_install("--force-reinstall", "torch")
-        problems.append(Problem("torch has no gloo, which the CPU needs", mend, fatal=True))
+        fix = _pip_install("--force-reinstall", "torch")
+        problems.append(Problem("torch has no gloo, which the CPU needs", fix, fatal=True))
     return problems
 
 
@@ -426,9 +426,7 @@ def report() -> int:
     _print_section("Machine", machine + gpus)
     _print_section("What will be used", what_will_be_used(facts))
 
-    described = [
-        f"{'ERROR' if p.fatal else 'warning'}: {p.what}\n    -> {p.mend}" for p in problems
-    ]
+    described = [f"{'ERROR' if p.fatal else 'warning'}: {p.what}\n    -> {p.fix}" for p in problems]
     _print_section("Problems", described or ["none"])
     if any(problem.fatal for problem in problems):
         print(f"\nNot ready: something required is missing or broken. {_environment_hint()}")
@@ -440,7 +438,7 @@ def report() -> int:
 def main() -> int:
     if sys.version_info < OLDEST_PYTHON:
         problem = check_python()[0]
-        print(f"ERROR: {problem.what}\n    -> {problem.mend}")
+        print(f"ERROR: {problem.what}\n    -> {problem.fix}")
         return 1
     return report()
 

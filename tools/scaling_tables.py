@@ -6,6 +6,7 @@ on 8 to 1024 GPUs, and for a trillion parameters of memory.
 Takes some minutes. Every row is what tools/estimate.py finds for its configuration.
 """
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,9 @@ def trillion_rows() -> Iterator[tuple]:
 
 def main() -> None:
     """Print both tables."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for rows in (papers_rows(), trillion_rows()):
         print(HEADER, RULE, sep="\n")
         for arguments in rows:

@@ -19,27 +19,29 @@ class CheckpointConfig:
     load: str | None = None
     """Directory to take the newest checkpoint from."""
     start_anew: bool = False
-    """Begin at iteration 0 in a --save that has checkpoints; these are moved to a folder earlier-N
-    in it. Without this flag and without --load such a --save is refused."""
+    """Begin at iteration 0 in a --save that has checkpoints already: they are moved to its
+    subfolder earlier-1 (or 2, 3 ...). Without this flag, such a --save needs --load."""
     allow_changed_data_order: bool = False
-    """Go on from a checkpoint although the training data, or the order in which its samples come,
-    is another one: some samples are repeated and others left out."""
+    """Go on from a checkpoint although the training data or the order of its samples has changed,
+    so that some samples are repeated and others omitted. Without it that is refused."""
     save_interval: int | None = option(None, at_least=1, synonyms=("persistent_save_interval",))
     """Iterations between two checkpoints. Without it: only when the training ends or is stopped."""
     keep_last: int | None = option(None, at_least=1)
     """Delete all but this many newest checkpoints. None: keep all."""
     save_retries: int = option(3, at_least=0)
-    """Saves in a row that may fail, for lack of space or permission, before the training ends. Each
-    is tried again after another --save-interval."""
+    """After a save that failed (no space, no permission) the training goes on and tries again at
+    the next --save-interval, this many times in a row. One more failure ends the run with exit
+    code 3."""
     async_save: bool = False
     """Write checkpoints in the background while the training goes on."""
     checksums: Literal["xxh3_128", "sha256", "none"] = "xxh3_128"
-    """Sums of a checkpoint's files, written with it; whichever it has are compared at load. sha256
-    is slow, and what megatron-core 0.19 compares as well. none: neither written nor compared."""
+    """Hash of a checkpoint's files, written with it as integrity.json. Loading compares the files
+    with it, whichever hash it has. sha256 is slower; megatron-core 0.19 can check it, too. none:
+    nothing is written, and loading compares nothing."""
     no_save_optim: bool = False
-    """Leave the optimizer's state out of checkpoints."""
+    """Save checkpoints without the optimizer's state."""
     no_save_rng: bool = False
-    """Leave the random-number generators' state out of checkpoints."""
+    """Save checkpoints without the states of random-number generators."""
     no_load_optim: bool = False
     """Do not load the optimizer's state."""
     no_load_rng: bool = False

@@ -131,7 +131,7 @@ def _recompute_problems(config: Config) -> Iterator[str]:
     elif recompute.recompute_method is not None or recompute.recompute_num_layers is not None:
         yield (
             "--recompute-method and --recompute-num-layers belong to --recompute-granularity full, "
-            f"but it is {granularity or 'not given'}: give it, or leave them away."
+            f"but it is {granularity or 'not given'}: give it, or omit them."
         )
     modules = recompute.recompute_modules or ()
     if modules and granularity != "selective":
@@ -286,7 +286,7 @@ def _without(missing: str, meaning: str, flags: Mapping[str, object]) -> Iterato
     for flag, value in flags.items():
         if value:
             shown = flag if value is True else f"{flag} {value}"
-            yield f"{shown} has no effect without {missing}: give {meaning}, or leave it away."
+            yield f"{shown} has no effect without {missing}: give {meaning}, or omit it."
 
 
 def _data_problems(config: Config) -> Iterator[str]:
@@ -355,7 +355,7 @@ def _layer_problems(config: Config, is_cuda: bool, has_transformer_engine: bool)
             config.model.transformer_impl == "transformer_engine" and context == 1,
             "use --transformer-impl local",
         ),
-        "--moe-grouped-gemm": (config.model.moe_grouped_gemm, "leave it away"),
+        "--moe-grouped-gemm": (config.model.moe_grouped_gemm, "omit it"),
         f"--context-parallel-size {context}": (
             context > 1,
             "use 1, with --sequence-parallel or --recompute-activations for long sequences",
@@ -380,5 +380,5 @@ def _layer_problems(config: Config, is_cuda: bool, has_transformer_engine: bool)
     if not config.parallel.overlap_p2p_communication and not is_cuda:
         yield (
             "--no-overlap-p2p-communication works on GPUs only, and this run is on the CPU, where "
-            "gloo would mix up the messages of interleaved stages: leave it away."
+            "gloo would mix up the messages of interleaved stages: omit it."
         )

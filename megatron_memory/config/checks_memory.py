@@ -104,7 +104,7 @@ def _combination_problems(config: Config) -> Iterator[str]:
     if memory.fp8_values and not config.precision.bf16:
         yield (
             "--memory-fp8-values halves the bytes of bf16 values, and this run computes in fp32: "
-            "add --bf16, or leave it away."
+            "add --bf16, or omit it."
         )
 
 

@@ -128,7 +128,7 @@ def _interleaving_problems(config: Config, world_size: int) -> Iterator[str]:
     if group < ranks:
         yield (
             f"{flag} is smaller than --pipeline-model-parallel-size {ranks}: an interleaved "
-            "pipeline would wait for itself. Leave it away, or raise it."
+            "pipeline would wait for itself. Omit it, or raise it."
         )
     elif microbatches < group:
         yield (

@@ -60,7 +60,7 @@ def parse_command(
         argv: without the program's name.
         usage: how it is started.
         epilog: what `--help` ends with.
-        positional: a field whose flag may be left out before its value.
+        positional: a field whose flag may be omitted before its value.
 
     Raises:
         ConfigurationError: an unknown flag, or a value that cannot be.

@@ -156,7 +156,7 @@ def _problem_with_choice(
 
 
 def _violated(value: Any, option: Option) -> str:
-    # All bounds in one phrase, so that the mend of one does not run into the next.
+    # All bounds in one phrase, so that the fix of one does not run into the next.
     bounds = {
         "at least": (option.at_least, lambda bound: value >= bound),
         "above": (option.above, lambda bound: value > bound),

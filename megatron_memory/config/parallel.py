@@ -54,5 +54,5 @@ class ParallelConfig:
     distributed_timeout_minutes: int = option(10, at_least=1)
     """Minutes after which a collective that waits for a missing process fails."""
     rank_timeout: int = option(120, at_least=0)
-    """Seconds without any progress after which the rank that hangs is named and the run ends; 15
-    times as many for the first step and for a checkpoint. 0: never."""
+    """Seconds without progress after which the run ends with exit code 4 and names the rank that
+    hangs; 15 times as many for the first step and for a checkpoint. 0: it waits for ever."""

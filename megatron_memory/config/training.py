@@ -31,19 +31,21 @@ class TrainingConfig:
     exit_duration_in_mins: int | None = option(None, at_least=1)
     """Save and exit after this many minutes."""
     on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
-    """Where the loss or a gradient is not finite, no rank updates. stop: end the run; skip: leave
-    the step out and go on; rewind: load the newest checkpoint, and go on with the data behind the
-    bad step's."""
+    """What follows a step whose loss or gradient is NaN or infinite; no rank makes its update.
+    stop: end the run without saving (exit code 2); skip: omit the step and go on; rewind: load the
+    newest checkpoint of --save, and go on with the data after the bad step's."""
     max_bad_steps: int = option(10, at_least=1)
-    """Stop where --on-bad-step skip leaves out more steps than this in a row, or rewind returns to
-    the same checkpoint more often."""
+    """End the run when --on-bad-step skip omits more steps than this in a row, or rewind goes back
+    to the same checkpoint more often."""
     loss_spike_factor: float | None = option(None, above=1)
-    """Say and count losses above this many times the median of the last 100; while they last, no
-    checkpoint from before is deleted. None: do not look for them."""
+    """Report and count each training loss above this many times the median of the last 100
+    iterations (2, say). While a spike lasts, --keep-last deletes no checkpoint from before it.
+    None: spikes are not looked for."""
     check_replicas_interval: int | None = option(
         1000, at_least=1, synonyms=("check_weight_hash_across_dp_replicas_interval",)
     )
-    """Iterations between two comparisons of what several ranks have copies of: weights and
-    optimizer states, bit for bit. Every save compares them, too. None: only then."""
+    """Iterations between two comparisons, bit for bit, of the weights and optimizer states that
+    several ranks have copies of. A difference ends the run and names rank and tensor. Every save
+    compares them as well. None: only saves do."""
     dry_run: bool = False
     """Print parameters, placement, memory and FLOPs of this configuration, then exit."""

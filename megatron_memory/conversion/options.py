@@ -36,7 +36,7 @@ class Target:
     dtype: Literal["fp32", "bf16"] | None = None
     """Type of the weights. Without it: as they are."""
     weights_only: bool = False
-    """Leave the optimizer's state out."""
+    """Write the weights without the optimizer's state."""
     target_tensor_parallel_size: int = option(1, at_least=1)
     """To megatron: --tensor-model-parallel-size of the run; it pads the vocabulary. Others can load
     the checkpoint as well."""

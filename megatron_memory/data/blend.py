@@ -92,7 +92,7 @@ def data_sources(
         )
     if split is not None:
         raise ConfigurationError(
-            f"--split {split}: cuts --data-path only; with --train-data-path leave it out"
+            f"--split {split}: cuts --data-path only; with --train-data-path omit it"
         )
     train, valid, test = (
         parse_blend(flag, paths) if paths else None for flag, paths in own_paths.items()

@@ -68,7 +68,7 @@ def check_indexed_dataset(prefix: str) -> IndexSummary:
         prefix: path of both files without their suffix, as in `--data-path`.
 
     Raises:
-        DataError: names the file, what is wrong with it and the mend.
+        DataError: names the file, what is wrong with it and the fix.
     """
     index_file, token_file = idx_path(prefix), bin_path(prefix)
     idx_bytes, bin_bytes = _size(prefix, index_file), _size(prefix, token_file)
@@ -114,14 +114,14 @@ def _size(prefix: str, path: str) -> int:
     except OSError as error:
         for suffix in (".bin", ".idx"):
             if prefix.endswith(suffix) and os.path.exists(prefix):
-                mend = f"Give the path without {suffix}: {prefix.removesuffix(suffix)}"
+                fix = f"Give the path without {suffix}: {prefix.removesuffix(suffix)}"
                 break
         else:
-            mend = (
+            fix = (
                 "--data-path takes the path that .bin and .idx share, such as "
                 "OUTPUT_PREFIX_text_document; tools/preprocess_data.py makes both files"
             )
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {fix}") from error
 
 
 def _read_header(path: str, num_bytes: int) -> _Header:

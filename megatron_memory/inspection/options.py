@@ -56,11 +56,11 @@ class Inspection:
             )
         if self.subject.diff and self.output.verify:
             raise ConfigurationError(
-                "--verify looks at one checkpoint: leave it out, or look at each alone"
+                "--verify looks at one checkpoint: omit it, or look at each alone"
             )
         if self.subject.diff and self.output.no_values:
             raise ConfigurationError(
-                "--no-values: a comparison reads the tensors. Leave it out, or look at each alone"
+                "--no-values: a comparison reads the tensors. Omit it, or look at each alone"
             )
 
     @property

@@ -36,16 +36,16 @@ def check_parameters_fit(
         stages = [] if kind in ways else _needed_if_legal(changed, world_size, padded_vocab_size)
         if stages and all(stage.bytes <= available[stage.rank] for stage in stages):
             ways[kind] = f"{flags} ({_gib(max(stage.bytes for stage in stages))})"
-    mend = "take more ranks, or a smaller --memory-num-half-keys or model"
+    fix = "take more ranks, or a smaller --memory-num-half-keys or model"
     if ways:
-        mend = "give " + ", or ".join(ways.values())
+        fix = "give " + ", or ".join(ways.values())
     raise ConfigurationError(
         f"Weights, gradients and optimizer states need {_gib(needed.bytes)}{where} on each rank, "
         f"{_gib(needed.values)} of it for the memory's values (--memory-num-half-keys "
         f"{config.memory.num_half_keys}, --tensor-model-parallel-size "
         f"{config.parallel.tensor_model_parallel_size}, --memory-parallel-size "
         f"{config.memory.parallel_size}), and {_gib(available[needed.rank])} are free, "
-        f"before any activation: {mend}."
+        f"before any activation: {fix}."
     )
 
 

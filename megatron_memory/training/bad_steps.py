@@ -45,7 +45,7 @@ class BadSteps:
         self._times_rewound = 0
 
     def look(self, iteration: int, result: StepResult) -> None:
-        """At every step, behind it.
+        """After every step.
 
         Raises:
             TrainingError: on every rank: the step was bad, and the run does not go on.
@@ -76,7 +76,7 @@ class BadSteps:
         limit = self._training.max_bad_steps
         if is_lasting:
             raise TrainingError(
-                f"{problem}. Leaving steps out does not help, for the weights or states stay so. "
+                f"{problem}. Omitting steps does not help, because the weights or states stay so. "
                 f"{_ADVICE}"
             )
         if self._in_a_row > limit:
@@ -84,7 +84,7 @@ class BadSteps:
                 f"{problem}. It is number {self._in_a_row} in a row, and --max-bad-steps is "
                 f"{limit}. {_ADVICE}"
             )
-        self._say(f"{problem}. No rank updates: the step is left out (--on-bad-step skip)")
+        self._say(f"{problem}. No rank updates: the step is omitted (--on-bad-step skip)")
 
     def _go_back(self, problem: str) -> None:
         if self._rewind is None:
@@ -108,7 +108,7 @@ class BadSteps:
             )
         self._say(
             f"the weights are those of iteration {iteration}; the training goes on with the data "
-            "behind the bad step's"
+            "after the bad step's"
         )
 
 

@@ -123,8 +123,8 @@ class Trainer:
     def _run_steps(self) -> Stop | None:
         if self.position.iteration >= self._training.train_iters:
             self._console.say(
-                f"there is nothing left to train: iteration {self.position.iteration} is complete, "
-                f"and --train-iters is {self._training.train_iters}"
+                f"nothing is left to train: --train-iters is {self._training.train_iters}, and "
+                f"iteration {self.position.iteration} is reached"
             )
             return None
         assert self._datasets.train is not None, (

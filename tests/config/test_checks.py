@@ -1,4 +1,4 @@
-"""Every check over the configuration: its message names the flags, the values and the mend."""
+"""Every check over the configuration: its message names the flags, the values and the fix."""
 
 import dataclasses
 
@@ -323,13 +323,13 @@ def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_en
             "--moe-grouped-gemm --num-experts 2",
             False,
             True,
-            ("--moe-grouped-gemm", "on the CPU", "leave it away"),
+            ("--moe-grouped-gemm", "on the CPU", "omit it"),
         ),
         (
             "--moe-grouped-gemm --num-experts 2",
             True,
             False,
-            ("--moe-grouped-gemm", "not installed", "leave it away", "pip install"),
+            ("--moe-grouped-gemm", "not installed", "omit it", "pip install"),
         ),
         (
             "--context-parallel-size 2",
@@ -353,7 +353,7 @@ def test_layers_that_the_machine_has_pass(arguments, is_cuda, has_transformer_en
             "--no-overlap-p2p-communication",
             False,
             False,
-            ("--no-overlap-p2p-communication", "on the CPU", "leave it away"),
+            ("--no-overlap-p2p-communication", "on the CPU", "omit it"),
         ),
     ],
 )

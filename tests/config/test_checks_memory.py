@@ -50,9 +50,9 @@ def test_memory(arguments, parts):
 
 
 @pytest.mark.parametrize(
-    ("value_dim", "ranks", "mend"), [(50, 4, "48 or 52"), (66, 4, "64 or 68"), (2, 4, "4")]
+    ("value_dim", "ranks", "fix"), [(50, 4, "48 or 52"), (66, 4, "64 or 68"), (2, 4, "4")]
 )
-def test_columns_that_cannot_be_split(value_dim, ranks, mend):
+def test_columns_that_cannot_be_split(value_dim, ranks, fix):
     message = problem(
         f"--memory-layers 1 --memory-value-dim {value_dim} --memory-key-dim 8 "
         f"--tensor-model-parallel-size {ranks}",
@@ -63,7 +63,7 @@ def test_columns_that_cannot_be_split(value_dim, ranks, mend):
         (
             f"--memory-value-dim {value_dim}",
             f"--tensor-model-parallel-size {ranks}",
-            f"Choose for example {mend}.",
+            f"Choose for example {fix}.",
         ),
     )
 

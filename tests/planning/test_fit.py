@@ -1,4 +1,4 @@
-"""Runs whose parameters cannot fit end before they are made, with the flag that mends it."""
+"""Runs whose parameters cannot fit end before they are made, with the flag that fixes it."""
 
 import dataclasses
 import re

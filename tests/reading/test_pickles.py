@@ -11,7 +11,7 @@ import pytest
 from megatron_memory.reading.pickles import Maker, UnsafeFile, read_pickle
 from megatron_memory.reading.plain_data import check_extent
 from tests.bounded import within
-from tests.hostile import hostile_pickles, mutated
+from tests.hostile import hostile_pickles, mutated, named
 
 MIB = 1 << 20
 MOST = 1024 * MIB
@@ -65,7 +65,7 @@ def test_references_give_the_same_object():
     assert read[0] is read[1]
 
 
-@pytest.mark.parametrize(("name", "content"), [*hostile_pickles()])
+@pytest.mark.parametrize(("name", "content"), [*hostile_pickles()], ids=named)
 def test_hostile_pickles_are_refused(name: str, content: bytes):
     def read() -> None:
         with pytest.raises(UnsafeFile) as caught:

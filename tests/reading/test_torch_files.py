@@ -18,7 +18,7 @@ from megatron_memory.reading.torch_files import (
     load_torch_part,
 )
 from tests.bounded import within
-from tests.hostile import hostile_archives, mutated, rewritten, sound_archive
+from tests.hostile import hostile_archives, mutated, named, rewritten, sound_archive
 
 MIB = 1 << 20
 
@@ -93,7 +93,7 @@ def test_a_part_is_a_file_of_its_own(tmp_path: Path):
             part.seek(-1)
 
 
-@pytest.mark.parametrize(("name", "content"), [*hostile_archives()])
+@pytest.mark.parametrize(("name", "content"), [*hostile_archives()], ids=named)
 def test_hostile_archives_are_refused(name: str, content: bytes, tmp_path: Path):
     path = tmp_path / "hostile.pt"
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What computes the memory layers: chosen once, refused with the flag and the mend."""
+"""What computes the memory layers: chosen once, refused with the flag and the fix."""
 
 import pytest
 import torch

@@ -21,6 +21,8 @@ from megatron_memory.training import program
 NUM_RANKS = 2
 SECONDS_TO_END = 60
 """That a rank may take to notice that another one is gone."""
+_SECONDS_TO_MOVE = 300
+"""Without which a run counts as one that hangs; a machine may be slowed by others."""
 
 
 @dataclasses.dataclass
@@ -119,12 +121,14 @@ def seen_losses(path: Path) -> list[tuple[int, float]]:
     return [tuple(json.loads(line)) for line in text.split("\n")[:-1]]
 
 
-def wait_until(condition: Callable[[], bool], life: Life, seconds: float = 60) -> bool:
+def wait_until(condition: Callable[[], bool], life: Life) -> bool:
     """Whether the condition came true before the life ended."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _SECONDS_TO_MOVE
     while not condition():
         if not life.is_running():
             return False
-        assert time.monotonic() < deadline, "nothing happens"
+        if time.monotonic() > deadline:
+            life.kill(life.launcher, *life.ranks)
+            raise AssertionError(f"nothing happened for {_SECONDS_TO_MOVE} s")
         time.sleep(0.002)
     return True

@@ -24,7 +24,7 @@ from megatron_memory.conversion.lingua import read_lingua
 from megatron_memory.conversion.safetensors_files import read_safetensors
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.data.index_files import check_indexed_dataset
-from megatron_memory.exceptions import MEND_BY_USER, CheckpointError
+from megatron_memory.exceptions import USER_ERRORS, CheckpointError
 from megatron_memory.reading.pickles import UnsafeFile
 from megatron_memory.reading.torch_files import load_torch_file
 from megatron_memory.training.checkpoint.integrity import check_stored
@@ -238,7 +238,7 @@ def test_damage_is_refused_or_harmless(case: str, tmp_path: Path):
             (folder / name).write_bytes(mutated(content, choose, head))
             try:
                 found = read(folder)
-            except MEND_BY_USER as error:
+            except USER_ERRORS as error:
                 assert len(str(error)) > 20 and "MemoryError" not in str(error), str(error)
                 refused += 1
                 continue

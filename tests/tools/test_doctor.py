@@ -119,9 +119,9 @@ def test_names_what_is_missing_and_what_has_the_wrong_version():
     assert lines[2].split() == ["psutil", "MISSING"]
     assert lines[3].split() == ["rich", "15.0.0"]
     megatron, psutil = problems
-    assert megatron.fatal and megatron.mend.endswith("-m pip install 'megatron-core==0.16.1'")
+    assert megatron.fatal and megatron.fix.endswith("-m pip install 'megatron-core==0.16.1'")
     assert psutil.fatal and "hangs without it" in psutil.what
-    assert psutil.mend.endswith("-m pip install 'psutil>=5.9,<8'")
+    assert psutil.fix.endswith("-m pip install 'psutil>=5.9,<8'")
 
 
 def test_a_package_for_another_platform_is_not_missed():
@@ -135,7 +135,7 @@ def test_triton_must_be_the_one_that_torch_names():
     assert doctor.check_triton(["filelock"], "3.6.0") == []
     (problem,) = doctor.check_triton(requires, "3.6.0")
     assert "requires 3.7.1" in problem.what
-    assert problem.mend.endswith("'triton==3.7.1'")
+    assert problem.fix.endswith("'triton==3.7.1'")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_limits_of_the_machine():
     assert doctor.check_limits(1 << 30, 1024, {}) == []
     assert doctor.check_limits(None, -1, {}) == []  # no /dev/shm; unlimited files
     problems = doctor.check_limits(64 << 20, 256, {"TRITON_INTERPRET": "1"})
-    text = [problem.what + problem.mend for problem in problems]
+    text = [problem.what + problem.fix for problem in problems]
     assert "64 MiB" in text[0] and "--shm-size" in text[0]
     assert "256 files" in text[1] and "ulimit -n" in text[1]
     assert "unset TRITON_INTERPRET" in text[2]
@@ -173,15 +173,15 @@ def test_why_torch_sees_no_gpu(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cpu_build = {**NO_GPU_FACTS, "torch_cuda": None}
     (problem,) = doctor.check_gpus(cpu_build, ["NVIDIA Test"], "")[1]
-    assert "CPU build" in problem.what and "'torch==" in problem.mend
+    assert "CPU build" in problem.what and "'torch==" in problem.fix
 
     old_driver = {**NO_GPU_FACTS, "cuda_says": "The NVIDIA driver on your system is too old"}
     (problem,) = doctor.check_gpus(old_driver, ["NVIDIA Test"], "")[1]
-    assert "too old" in problem.what and "CUDA 13.0" in problem.mend
+    assert "too old" in problem.what and "CUDA 13.0" in problem.fix
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (problem,) = doctor.check_gpus(NO_GPU_FACTS, ["NVIDIA Test"], "")[1]
-    assert problem.mend == "unset CUDA_VISIBLE_DEVICES"
+    assert problem.fix == "unset CUDA_VISIBLE_DEVICES"
 
 
 def test_gpus_that_fail_stop_training():
@@ -278,7 +278,7 @@ def test_notices_a_missing_or_foreign_installation(monkeypatch, tmp_path):
     specs = {"megatron_memory": None, "memory_kernels": foreign}
     monkeypatch.setattr(doctor.importlib.util, "find_spec", specs.get)
     missing, elsewhere = doctor.check_checkout()
-    assert missing.fatal and "pip install --no-deps" in missing.mend
+    assert missing.fatal and "pip install --no-deps" in missing.fix
     assert not elsewhere.fatal and str(tmp_path) in elsewhere.what
 
 
@@ -286,4 +286,4 @@ def test_notices_the_other_apex(monkeypatch):
     monkeypatch.setattr("megatron_memory.optional.is_installed", lambda name: False)
     monkeypatch.setattr(doctor, "installed_version", {"apex": "0.9.10.dev0"}.get)
     (problem,) = doctor.check_optional()[1]
-    assert "not NVIDIA's" in problem.what and "uninstall apex" in problem.mend
+    assert "not NVIDIA's" in problem.what and "uninstall apex" in problem.fix

@@ -100,6 +100,15 @@ def _table(number: int) -> list[str]:
     return rows
 
 
+def test_help_of_the_tables_computes_none(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("sys.argv", ["scaling_tables.py", "--help"])
+    monkeypatch.setattr(scaling_tables, "row", lambda *_: pytest.fail("a row was computed"))
+    with pytest.raises(SystemExit) as ended:
+        scaling_tables.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "docs/scaling.md" in said and "| model |" not in said
+
+
 def test_scaling_document_has_every_row():
     for number, rows in enumerate((scaling_tables.papers_rows(), scaling_tables.trillion_rows())):
         expected = list(rows)

@@ -1,4 +1,4 @@
-"""Losses, gradients, weights and states that are not finite: named, left out, gone back from."""
+"""Losses, gradients, weights and states that are not finite: named, omitted, gone back from."""
 
 import dataclasses
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_named_and_never_saved(layout: str, dataset: str, 
     first, second = run_ranks(_stops, 2, config, str(tmp_path))
     assert first == second
     for kind in ("loss", "gradient", "weight", "state"):
-        # Of the loss and the gradient the update is left out; a weight is found when its loss is.
+        # Of the loss and the gradient the update is omitted; a weight is found when its loss is.
         assert first[f"{kind} saved"] == "[2]", (kind, first)
         assert "rank 1: " in first[kind], (kind, first[kind])
     assert first["loss"].startswith("iteration 3: the loss is nan")
@@ -205,10 +205,10 @@ def test_skipping_and_going_back_equal_a_run_without_those_data(dataset: str, tm
         assert found["saved at the end"] == [4, 7]
         assert not _equal(found["skipped"][0], found["rewound"][0])
         assert "3 in a row, and --max-bad-steps is 2" in found["too many"][1]
-        assert "Leaving steps out does not help" in found["damaged"][1]
+        assert "Omitting steps does not help" in found["damaged"][1]
         assert "has not saved a checkpoint yet" in found["nothing saved"][1]
     said = "\n".join(found["skipped"][2])
-    assert "the step is left out" in said and "| 1 skipped |" in said
+    assert "the step is omitted" in said and "| 1 skipped |" in said
     assert "loss nan" in next(line for line in found["skipped"][2] if "| 1 skipped |" in line)
 
 

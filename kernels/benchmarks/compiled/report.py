@@ -153,8 +153,8 @@ def expression(text: str) -> re.Pattern:
 def nothing_chosen(arguments: argparse.Namespace, launches: list[Shipped]) -> str:
     """What is said where --only finds no launch."""
     elsewhere = sum(bool(arguments.only.search(one.name)) for one in launches)
-    mend = f"--all has {elsewhere}" if elsewhere else "--list prints the names, --list --all of all"
-    return f"compile_report: no launch has --only {arguments.only.pattern!r} in its name; {mend}"
+    fix = f"--all has {elsewhere}" if elsewhere else "--list prints the names, --list --all of all"
+    return f"compile_report: no launch has --only {arguments.only.pattern!r} in its name; {fix}"
 
 
 def compile_all(launches: list[Shipped], archs: list[int], jobs: int) -> list[Row]:

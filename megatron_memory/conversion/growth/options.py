@@ -16,7 +16,7 @@ class Checkpoints:
     save: str
     """New folder to write; it appears when it is complete and checked."""
     weights_only: bool = False
-    """Leave the optimizer's state out."""
+    """Write the weights without the optimizer's state."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,7 @@ class DocumentEncoder:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 problems.append(
-                    (number, f"the tokenizer refuses the text ({reason}). Mend or remove the line")
+                    (number, f"the tokenizer refuses the text ({reason}). Fix or remove the line")
                 )
         return Documents(
             texts={key: [texts[i] for i in kept] for key, texts in documents.texts.items()},

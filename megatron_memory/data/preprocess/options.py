@@ -45,7 +45,7 @@ class PreprocessOptions:
     """Documents between two lines of progress."""
 
     on_error: Literal["stop", "skip"] = "stop"
-    """A bad line stops the run (stop), or is left out, counted and reported (skip)."""
+    """A bad line stops the run (stop), or is omitted, counted and reported (skip)."""
 
     max_document_bytes: int = option(16 * 2**20, at_least=1)
     """Longest line of JSON, or texts of a row, to read; a longer one is a bad line. A process needs

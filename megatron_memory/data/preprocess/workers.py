@@ -115,11 +115,11 @@ class _Pool:
         code = process.exitcode
         if code is not None and code < 0:
             reason = f"was killed by {signal.Signals(-code).name}"
-            mend = "If the machine ran out of memory, use fewer --workers"
+            fix = "If the machine ran out of memory, use fewer --workers"
         else:
             reason = f"ended with exit code {code}"
-            mend = "Its own message stands above; with --workers 1 the failure shows in full"
-        return WorkerError(f"{process.name} (process {process.pid}) {reason}. {mend}")
+            fix = "Its own message stands above; with --workers 1 the failure shows in full"
+        return WorkerError(f"{process.name} (process {process.pid}) {reason}. {fix}")
 
     def close(self) -> None:
         for connection, process in self.processes.items():

@@ -111,9 +111,10 @@ def check_data_order(found: Found, config: Config, train: Samples | None, notify
     if changes:
         problem = (
             f"{found.folder} has used {consumed} samples of other data, or of another order: "
-            f"{'; '.join(changes)}. To go on from there would repeat some samples and leave out "
-            "others. Give these flags the checkpoint's values; or add --allow-changed-data-order "
-            "if that is what you want"
+            f"{'; '.join(changes)}. To go on from there would repeat some samples and omit "
+            "others. Give these flags the checkpoint's values. Where that is not possible, as in a "
+            "longer training or with other data, --allow-changed-data-order goes on all the same, "
+            f"from sample {consumed} of the new order"
         )
     if not config.checkpoint.allow_changed_data_order:
         raise_on_all(problem)

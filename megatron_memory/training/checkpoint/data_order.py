@@ -105,8 +105,9 @@ def _changes_of_part(old: Part, new: Part) -> list[str]:
         changes.append(f"the files are other ones ({where})")
     if old.num_passes != new.num_passes:
         changes.append(
-            f"{old.num_passes} passes over {new.prefix} there, {new.num_passes} here (they follow "
-            "from --train-iters x --global-batch-size), which are shuffled together"
+            f"{old.num_passes} {'pass' if old.num_passes == 1 else 'passes'} over {new.prefix} "
+            f"there, {new.num_passes} here: --train-iters x --global-batch-size says how many, and "
+            "all passes are shuffled together"
         )
     if old.num_used != new.num_used:
         changes.append(

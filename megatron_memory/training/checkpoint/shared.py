@@ -93,17 +93,17 @@ def _problem_with_copy(folder: Path, expected: str) -> str | None:
     where = (
         f"--load: {folder}, which rank 0 found, rank {dist.get_rank()} on {socket.gethostname()}"
     )
-    mend = "Give a folder that every node mounts under this path, or copy the checkpoint to each"
+    fix = "Give a folder that every node mounts under this path, or copy the checkpoint to each"
     try:
         if _digest(folder) != expected:
-            return f"{where} sees as another checkpoint. {mend}"
+            return f"{where} sees as another checkpoint. {fix}"
         # The ranks of a node see the same files: one of them looks at all.
         if os.environ.get("LOCAL_RANK") == "0" and dist.get_rank() > 0:
             check_whole(folder)
     except FileNotFoundError:
-        return f"{where} does not see. {mend}"
+        return f"{where} does not see. {fix}"
     except (CheckpointError, OSError) as error:
-        return f"{where} cannot load: {error}. {mend}"
+        return f"{where} cannot load: {error}. {fix}"
     return None
 
 

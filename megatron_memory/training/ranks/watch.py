@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_memory.exceptions import MEND_BY_USER
+from megatron_memory.exceptions import USER_ERRORS
 from megatron_memory.output import try_print
 from megatron_memory.runtime import processes
 from megatron_memory.training.ranks.beat import ENDED, LOST, RUNNING, Beat, whereabouts
@@ -285,7 +285,7 @@ def _without_store(error: Exception, folder: str) -> _Verdict:
 
 
 def _is_loss(error: BaseException) -> bool:
-    if isinstance(error, MEND_BY_USER) or not isinstance(error, RuntimeError):
+    if isinstance(error, USER_ERRORS) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(s in str(error) for s in _SIGNS_OF_LOSS)
 

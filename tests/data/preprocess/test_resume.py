@@ -135,7 +135,7 @@ def test_an_interrupted_run_is_not_overwritten(tmp_path, monkeypatch, often, cap
     message = capsys.readouterr().err.splitlines()[-1]
     assert "an interrupted run left" in message and "--resume" in message
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    # The mend that the message names.
+    # The fix that the message names.
     (tmp_path / f"{PAIR}.journal").unlink()
     assert run(tmp_path) == 0
     assert_complete(tmp_path)

@@ -67,7 +67,7 @@ def test_other_data_or_order_is_refused_and_the_rest_said(trained, data: list[st
         "length": (change(plain, "model", seq_length=8), "--seq-length 16 there, 8 here"),
         "split": (change(plain, "data", split="50,50,0"), "--split 80,20,0 there, 50,50,0 here"),
         "files": (change(plain, "data", data_path=(data[1],)), "the files are other ones"),
-        "passes": (change(plain, "training", train_iters=40), "1 passes over .* there, 3 here"),
+        "passes": (change(plain, "training", train_iters=40), "1 pass over .* there, 3 here"),
         "longer": (change(plain, "training", train_iters=10), None),
         "moved": (change(plain, "data", data_path=(moved,)), None),
         "same blend": (blend, None),
@@ -78,7 +78,7 @@ def test_other_data_or_order_is_refused_and_the_rest_said(trained, data: list[st
         "blend to one": (change(blend, "data", data_path=(data[0],)), "2 datasets there, 1 here"),
         "passes of the smaller": (
             change(blend, "training", train_iters=30),
-            f"passes over {data[1]} there",
+            f"1 pass over {data[1]} there",
         ),
     }
     seen = dict(zip(cases, run_ranks(_outcomes, 1, [c for c, _ in cases.values()])[0], strict=True))
@@ -105,9 +105,11 @@ def test_with_the_flag_it_goes_on_and_says_so(trained, data: list[str]):
     sgd = change(plain, "optimizer", optimizer="sgd")
     decay = change(plain, "optimizer", apply_weight_decay_to_all=True)
     fresh = change(sgd, "checkpoint", no_load_optim=True)
-    first, second, third, fourth, fifth = run_ranks(
-        _outcomes, 1, [seeded, other, sgd, decay, fresh]
+    finished = change(plain, "training", train_iters=2)
+    first, second, third, fourth, fifth, sixth = run_ranks(
+        _outcomes, 1, [seeded, other, sgd, decay, fresh, finished]
     )[0]
+    assert "nothing is left to train: --train-iters is 2" in sixth[0] and not sixth[1]
     assert "--allow-changed-data-order: samples may repeat" in first[0] and first[1]
     for line in (
         "--adam-beta1 0.9 there, 0.8 here",

@@ -29,7 +29,7 @@ from megatron_memory.training.checkpoint.coverage import check_coverage
 from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE, read_metadata
 from tests.bounded import within
 from tests.conversion.states import golden_checkpoint
-from tests.hostile import hostile_pickles, mutated
+from tests.hostile import hostile_pickles, mutated, named
 
 MIB = 1 << 20
 
@@ -99,7 +99,7 @@ def test_what_the_reference_wrote_is_read(name: str):
     check_coverage(read)
 
 
-@pytest.mark.parametrize(("name", "content"), [*hostile_pickles()])
+@pytest.mark.parametrize(("name", "content"), [*hostile_pickles()], ids=named)
 def test_hostile_lists_are_refused(name: str, content: bytes, tmp_path: Path):
     (tmp_path / METADATA_FILE).write_bytes(content)
 
@@ -158,7 +158,7 @@ def _changed(**fields: object) -> Metadata:
         Metadata,
         [],
     ],
-    ids=repr,
+    ids=lambda written: type(written).__name__,
 )
 def test_what_no_writer_writes_is_refused(written: object, tmp_path: Path):
     with pytest.raises(CheckpointError, match="is damaged: .") as caught:

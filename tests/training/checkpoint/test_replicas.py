@@ -149,7 +149,7 @@ def test_a_rank_that_drifts_is_named_and_not_saved(layout: str, dataset: str, tm
 
 
 def _drift_each(config: Config, cases: list[tuple[str, int]]) -> list[str]:
-    """What is said of copies without a training: nothing at first, then of each drift, mended
+    """What is said of copies without a training: nothing at first, then of each drift, fixed
     before the next."""
     check_config(config, torch.distributed.get_world_size())
     backend = select_backend("cpu")
