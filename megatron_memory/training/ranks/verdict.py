@@ -43,7 +43,7 @@ def find_culprits(views: Mapping[int, View], timeout: float) -> dict[int, str]:
     culprits = {
         rank: reason
         for rank, view in views.items()
-        if (reason := _reason(view, timeout, _is_anyone_lost(beats))) is not None
+        if (reason := _reason(view, timeout, beats)) is not None
     }
     return culprits or _without_progress(views, beats, timeout)
 
@@ -52,7 +52,7 @@ def _is_anyone_lost(beats: Mapping[int, Beat]) -> bool:
     return any(beat.state == LOST for beat in beats.values())
 
 
-def _reason(view: View, timeout: float, is_anyone_lost: bool) -> str | None:
+def _reason(view: View, timeout: float, beats: Mapping[int, Beat]) -> str | None:
     beat, soon = view.beat, min(10.0, timeout / 4)
     if beat is None:
         return "has not begun" if view.silent_for > ALLOWANCES["starting"] * timeout else None
@@ -63,7 +63,10 @@ def _reason(view: View, timeout: float, is_anyone_lost: bool) -> str | None:
         return f"has ended: {beat.error}" if beat.error else "has ended before the others"
     if view.is_dead:
         return f"is dead: process {beat.pid} has ended without a word"
-    allowed = soon if is_anyone_lost else ALLOWANCES[beat.phase] * timeout
+    # Who was last heard of before the first step, which another one knows to be done, took part.
+    has_begun = any(other.phase != "starting" for other in beats.values())
+    phase = "training" if has_begun and beat.phase == "starting" else beat.phase
+    allowed = soon if _is_anyone_lost(beats) else ALLOWANCES[phase] * timeout
     if view.silent_for > allowed:
         return (
             f"does not answer: nothing was heard of it for {view.silent_for:.0f} s, so that its "

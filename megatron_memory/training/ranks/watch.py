@@ -127,8 +127,7 @@ class RankWatch:
                 # The store is in rank 0's process, or in the launcher's of its node.
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > min(10.0, self._timeout / 2):
-                    culprits = {0: _store_lost(error)}
-                    self._end(_Verdict(culprits=culprits, hosts={}, folder=self._new_folder()))
+                    self._end(_without_store(error, self._new_folder()))
 
     def _tell(self) -> None:
         self._number += 1
@@ -253,11 +252,14 @@ class _Verdict:
     hosts: dict[Any, str]
     folder: str
     places: dict[Any, str] = dataclasses.field(default_factory=dict)
+    launcher: str = ""
+    """What is wrong with it, where that is to blame."""
 
     def lines(self) -> list[str]:
         hosts = {int(rank): host for rank, host in self.hosts.items()}
         places = {int(rank): place for rank, place in self.places.items()}
-        return [
+        launcher = [f"RankError: {self.launcher}"] if self.launcher else []
+        return launcher + [
             f"RankError: rank {rank} on {hosts.get(int(rank), 'an unknown host')} {reason}"
             + (f" ({places[int(rank)]})" if int(rank) in places else "")
             for rank, reason in self.culprits.items()
@@ -273,11 +275,13 @@ def _whereabouts_of(beat: Beat) -> str:
     return f"{beat.phase}, iteration {beat.iteration} completed, at {beat.at}"
 
 
-def _store_lost(error: Exception) -> str:
-    return (
-        "does not answer any more: the store through which ranks talk, in its process or in its "
-        f"node's launcher, is gone ({_one_line(error)})"
-    )
+def _without_store(error: Exception, folder: str) -> _Verdict:
+    what = f"the store through which ranks talk is gone ({_one_line(error)})"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        launcher = f"torchrun on the first node does not answer any more: {what}"
+        return _Verdict(culprits={}, hosts={}, folder=folder, launcher=launcher)
+    reason = f"does not answer any more: {what}, which is in its process"
+    return _Verdict(culprits={0: reason}, hosts={}, folder=folder)
 
 
 def _is_loss(error: BaseException) -> bool:

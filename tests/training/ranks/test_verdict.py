@@ -52,6 +52,10 @@ def test_silence_death_and_an_end_of_its_own():
     assert _culprits(_view(), _view(silent=99)) == []
     assert _culprits(_view(), _view(silent=101)) == [1]
     assert _culprits(_view(), _view(silent=1400, phase="saving")) == []
+    # Its last word is from before the first step, which another rank knows to be done.
+    starting = _view(silent=101, phase="starting")
+    assert _culprits(_view(), starting) == [1]
+    assert _culprits(_view(phase="starting"), starting) == []
     assert _culprits(_view(), _view(dead=True)) == [1]
     assert _culprits(_view(), _view(state=ENDED, error="ValueError: x", silent=9)) == []
     assert _culprits(_view(), _view(state=ENDED, error="ValueError: x", silent=11)) == [1]

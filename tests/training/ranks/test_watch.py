@@ -13,6 +13,7 @@ import torch
 
 from megatron_memory.config import Config
 from megatron_memory.training.checkpoint.saver import CheckpointSaver
+from megatron_memory.training.ranks import watch
 from megatron_memory.training.ranks.watch import EXIT_RANK_FAILED, RankWatch
 from tests.distributed import _PRELOAD, _start
 from tests.training.tiny_runs import change, run, tiny_config
@@ -142,3 +143,13 @@ def _all_well(folder: Path) -> None:
             time.sleep(3 if torch.distributed.get_rank() == 0 else 0)
             torch.distributed.barrier()
         torch.distributed.barrier()
+
+
+@pytest.mark.parametrize("is_launchers", [True, False])
+def test_who_has_the_store_is_to_blame_for_its_end(is_launchers: bool, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(is_launchers))
+    error = torch.distributed.DistNetworkError("Broken pipe")
+    (line,) = watch._without_store(error, "stacks").lines()
+    who = "torchrun on the first node" if is_launchers else "rank 0 on an unknown host"
+    assert line.startswith(f"RankError: {who} does not answer any more: the store ")
+    assert "DistNetworkError: Broken pipe" in line
