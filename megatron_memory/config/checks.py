@@ -3,6 +3,7 @@
 Every check yields complete messages: the flags, their values, the constraint, and what to do.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 
@@ -329,9 +330,10 @@ def _split_problems(split: str | None) -> Iterator[str]:
         parts = [float(part) for part in split.replace("/", ",").split(",") if part.strip()]
     except ValueError:
         parts = []
-    if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) <= 0:
+    sound = all(math.isfinite(part) and part >= 0 for part in parts)
+    if not 1 <= len(parts) <= 3 or not sound or not 0 < sum(parts) < math.inf:
         yield (
-            f"--split {split!r} is not up to three numbers for training, validation and test: "
+            f"--split {split!r:.80} is not up to three numbers for training, validation and test: "
             'write for example "969, 30, 1".'
         )
 

@@ -158,10 +158,14 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     register()
-    defaults = CONFIG_MAPPING[values["model_type"]]().to_dict()
+    known = CONFIG_MAPPING[values["model_type"]]
+    defaults = known().to_dict()
     # Its defaults for a few entries follow from others, of which those here are not the model's.
     for name in _FOLLOWING:
         defaults.pop(name, None)
+        # Some families have a number of their own here (Mistral 8 groups, Qwen3 128 channels).
+        if isinstance(own := getattr(known, name, None), int):
+            defaults[name] = own
     return defaults | values
 
 

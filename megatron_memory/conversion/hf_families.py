@@ -49,6 +49,9 @@ class Family:
     """Its class for language models."""
     biases: Callable[[Mapping[str, Any]], str]
     """Which linear layers have a bias, of its configuration: "none", "qkv" or "all"."""
+    windows_by_layer: bool = False
+    """Whether its class heeds `layer_types` and `use_sliding_window`; others ignore them, whatever
+    a file says."""
     qk_norm: bool = False
     """Whether attention norms each head's queries and keys."""
     own_values: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
@@ -95,12 +98,14 @@ FAMILIES = {
             model_type="qwen2",
             architecture="Qwen2ForCausalLM",
             biases=lambda values: "qkv",
+            windows_by_layer=True,
             own_values=lambda model: {"use_sliding_window": False},
         ),
         Family(
             model_type="qwen3",
             architecture="Qwen3ForCausalLM",
             biases=_qwen3_biases,
+            windows_by_layer=True,
             qk_norm=True,
             own_values=lambda model: {
                 "attention_bias": False,
@@ -168,7 +173,7 @@ def model_of(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig, li
         raise CheckpointError(f"hidden_act {values['hidden_act']}: only silu is built here")
     biases = family.biases(values)
     heads = values["num_attention_heads"]
-    positions, notes = _positions(values)
+    positions, notes = _positions(values, family.windows_by_layer)
     model = ModelConfig(
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
@@ -193,11 +198,13 @@ def model_of(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig, li
     return model, notes
 
 
-def _positions(values: Mapping[str, Any]) -> tuple[int, list[str]]:
+def _positions(values: Mapping[str, Any], by_layer: bool) -> tuple[int, list[str]]:
     """Positions up to which attention over a window is attention over everything."""
     positions, window = values["max_position_embeddings"], values.get("sliding_window")
     kinds = values.get("layer_types") or ["sliding_attention"]
-    slides = values.get("use_sliding_window", True) and "sliding_attention" in kinds
+    slides = not by_layer or (
+        values.get("use_sliding_window", True) and "sliding_attention" in kinds
+    )
     if not slides or not window or window >= positions:
         return positions, []
     note = (

@@ -46,6 +46,11 @@ def read_weight_files(folder: Path) -> Tensors:
         ("pytorch_model.bin", "pytorch_model.bin.index.json", read_pickled),
     ):
         if (folder / index).is_file():
+            if (folder / one_file).is_file():
+                raise CheckpointError(
+                    f"{folder} holds {one_file} and {index}, and which of them is the model is not "
+                    "known (transformers reads the first): remove the other one with its shards"
+                )
             return _of_index(folder, folder / index, read)
         if (folder / one_file).is_file():
             return read(folder / one_file)
@@ -64,7 +69,13 @@ def _of_index(folder: Path, index: Path, read: Callable[[Path], Tensors]) -> Ten
             raise CheckpointError(f"{index} names a file outside of the folder, {file!r}")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file} is missing, which {index.name} names")
-        tensors |= read(folder / file)
+        found = read(folder / file)
+        if displaced := sorted(n for n in found if names.get(n, file) != file):
+            raise CheckpointError(
+                f"{folder / file} holds {', '.join(displaced[:8])}, which {index.name} places in "
+                f"{names[displaced[0]]}: remove what is stale, or copy the folder again"
+            )
+        tensors |= found
     if tensors.keys() != names.keys():
         differing = sorted(tensors.keys() ^ names.keys())
         raise CheckpointError(f"{index} and its files do not agree on {', '.join(differing[:8])}")

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_memory.conversion.tokenizer_files import definition, load_tokenizer, tokenizer_files
 from megatron_memory.data.tokenizer_hash import PROBE_TEXTS
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.reading.tokenizer_files import panics_as_errors
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -31,7 +32,12 @@ TEXTS = (
 )
 """Texts of many scripts, spaces, digits, and what looks like special tokens."""
 
-_ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+_ROLES = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    *("sep_token_id", "cls_token_id", "mask_token_id"),
+    *("chat_template", "model_max_length", "padding_side", "truncation_side"),
+    "clean_up_tokenization_spaces",
+)
 
 
 def check_same_tokenizer(original: Path, folder: Path, kind: str | None) -> str | None:
@@ -72,7 +78,7 @@ def _check_same_folder(original: Path, folder: Path) -> str | None:
             name for name in theirs if ours is None or theirs[name] != ours.get(name)
         )
         raise CheckpointError(_refusal(folder, f"its {', '.join(differing)} differ"))
-    roles = [name for name in _ROLES if getattr(one, name) != getattr(another, name)]
+    roles = [name for name in _ROLES if getattr(one, name, None) != getattr(another, name, None)]
     if roles:
         raise CheckpointError(_refusal(folder, f"its {', '.join(roles)} differ"))
     texts = [*TEXTS, *_around_added(one)]
@@ -101,10 +107,19 @@ def _sentencepiece(file: Path) -> Encode:
 
 def _check_ids(one: Encode, another: Encode, folder: Path, texts: Sequence[str]) -> None:
     for text in texts:
-        if list(one(text)) != list(another(text)):
-            raise CheckpointError(
-                _refusal(folder, f"{text!r} has the ids {another(text)}, not {one(text)}")
-            )
+        expected, found = _ids(one, text), _ids(another, text)
+        if expected != found:
+            raise CheckpointError(_refusal(folder, f"{text!r} has the ids {found}, not {expected}"))
+
+
+def _ids(encode: Encode, text: str) -> list[int] | str:
+    """Of a text, or how it is refused: the copy must refuse what the original refuses."""
+    try:
+        with panics_as_errors():
+            return list(encode(text))
+    # Libraries raise nearly anything on a text that they refuse.
+    except Exception as error:
+        return f"of none ({type(error).__name__}: {error})"
 
 
 def _refusal(folder: Path, reason: str) -> str:

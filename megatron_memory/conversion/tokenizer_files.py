@@ -39,6 +39,7 @@ _FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_MORE_TEMPLATES = "additional_chat_templates"
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 _CLASS_REFERENCE = "tokenization_as_trained.TokenizerAsTrained"
 # Settings of classes that build a tokenizer, or that versions understand differently; what they
@@ -128,6 +129,7 @@ def copy_tokenizer(tokenizer: Path, folder: Path, model_type: str | None = None)
     original = load_tokenizer(tokenizer)
     settings = read_settings(tokenizer)
     files = tokenizer_files(tokenizer)
+    _copy_more_templates(tokenizer, folder)
     if _reads_alike_everywhere(tokenizer, settings, original, model_type):
         for file in files:
             shutil.copyfile(file, folder / file.name)
@@ -136,6 +138,15 @@ def copy_tokenizer(tokenizer: Path, folder: Path, model_type: str | None = None)
     for file in files:
         if file.suffix == ".jinja":
             shutil.copyfile(file, folder / file.name)
+
+
+def _copy_more_templates(tokenizer: Path, folder: Path) -> None:
+    """Chat templates beside the one by default, which transformers looks for in a folder."""
+    files = sorted((tokenizer / _MORE_TEMPLATES).glob("*.jinja"))
+    for file in filter(Path.is_file, files):
+        check_is_inside(tokenizer, file)
+        (folder / _MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / _MORE_TEMPLATES / file.name)
 
 
 def force_definition(folder: Path, settings: dict[str, Any], model_type: str | None) -> None:

@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_memory.reading.tokenizer_files import panics_as_errors
+
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 
@@ -44,7 +46,8 @@ def tokenizer_hash(
         digest.update(json.dumps([number, token]).encode())
     for text in PROBE_TEXTS:
         try:
-            ids = [int(number) for number in encode(text)]
+            with panics_as_errors():
+                ids = [int(number) for number in encode(text)]
         # Libraries raise what they like on text that they refuse; refusing is a mark, too.
         except Exception:
             ids = [-1]

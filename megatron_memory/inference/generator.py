@@ -12,11 +12,12 @@ from megatron_memory.data.tokenizers import (
     num_ids,
     padded_vocab_size,
 )
-from megatron_memory.exceptions import ConfigurationError
+from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.inference.engine import InferenceEngine
 from megatron_memory.inference.options import ModelSource, Sampling
 from megatron_memory.inference.saved_model import SavedModel, find_saved_model
 from megatron_memory.model.gpt import build_model
+from megatron_memory.reading.tokenizer_files import panics_as_errors
 from megatron_memory.runtime import Backend
 from megatron_memory.runtime.distributed import initialize_distributed, world_size
 from megatron_memory.runtime.kernels import choose_kernels
@@ -164,8 +165,10 @@ class Generator:
     def _tokenize(self, prompt: str) -> list[int]:
         shown = f"--prompt {_shorten(prompt)!r}"
         try:
-            tokens = list(self.tokenizer.tokenize(prompt))
-        except ValueError as error:
+            with panics_as_errors():
+                tokens = list(self.tokenizer.tokenize(prompt))
+        # Libraries raise nearly anything on a text that they refuse.
+        except Exception as error:
             raise ConfigurationError(
                 f"{shown}: {self.saved.config.data.tokenizer_type or 'NullTokenizer'} cannot read "
                 f"it ({error}). Without a tokenizer, prompts are token numbers with spaces between."
@@ -205,11 +208,18 @@ class Generator:
 
     def _text_after(self, prompt_tokens: list[int], tokens: list[int]) -> str:
         """The continuation's text as it reads behind the prompt's, spaces included."""
-        before = self.tokenizer.detokenize(prompt_tokens)
-        whole = self.tokenizer.detokenize([*prompt_tokens, *tokens])
-        if whole.startswith(before):
-            return whole[len(before) :]
-        return self.tokenizer.detokenize(tokens)
+        try:
+            with panics_as_errors():
+                before = self.tokenizer.detokenize(prompt_tokens)
+                whole = self.tokenizer.detokenize([*prompt_tokens, *tokens])
+                if whole.startswith(before):
+                    return whole[len(before) :]
+                return self.tokenizer.detokenize(tokens)
+        except Exception as error:
+            raise DataError(
+                f"the tokenizer {self.tokenizer.path} cannot turn the tokens {tokens} into text "
+                f"({error}). Use a sound copy of the training's tokenizer"
+            ) from error
 
 
 def _shorten(text: str) -> str:

@@ -1,12 +1,16 @@
 """Tokenizers' files, before a library opens them: ids that no model has rows for."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from megatron_memory.reading.documents import LARGEST_JSON, parse_json, read_bounded
 from megatron_memory.reading.pickles import UnsafeFile, shown
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 LARGEST_ID = 10_000_000
 """Tokenizers have up to a million entries. Who makes a list or a table for the ids makes one for
@@ -78,3 +82,15 @@ def panics_as_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise UnsafeFile(f"the library that reads it fails: {error}") from error
+
+
+def without_panics(function: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
+    """The function with UnsafeFile in place of a panic: definitions that load may still panic on a
+    text, or on ids."""
+
+    @functools.wraps(function)
+    def wrapped(argument: Argument) -> Result:
+        with panics_as_errors():
+            return function(argument)
+
+    return wrapped

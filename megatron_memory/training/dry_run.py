@@ -1,5 +1,6 @@
 """`--dry-run`: what a configuration would cost, by arithmetic, on one process and without a GPU."""
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,8 @@ def _stages(config: Config, ranks_per_stage: int) -> Iterator[str]:
 
 _MOST_BLOCKS = 8
 """Of columns, that are listed one by one."""
+_MOST_MEMBERS = 3
+"""Ranks that are listed of those with the same columns; a run may have millions."""
 
 
 def _columns(config: Config, world_size: int) -> Iterator[str]:
@@ -165,9 +168,10 @@ def _columns(config: Config, world_size: int) -> Iterator[str]:
         first = block * columns
         # A rank of the group counts tensor-parallel ranks first, a block neighbours first.
         member = block // neighbours + block % neighbours * ranks
-        members = [
+        all_members = (
             r for h in holding for r in range(h * size + member, (h + 1) * size, ranks * neighbours)
-        ]
+        )
+        members = list(itertools.islice(all_members, _MOST_MEMBERS + 1))
         dots = "... " if block == blocks[-1] and len(shown) < len(blocks) else ""
         yield (
             f"  {dots}{_members(members)}: columns {first} to {first + columns - 1} of the tables "
@@ -178,7 +182,8 @@ def _columns(config: Config, world_size: int) -> Iterator[str]:
 def _members(members: list[int]) -> str:
     if len(members) == 1:
         return f"rank {members[0]}"
-    shown = ", ".join(map(str, members[:3])) + (", ..." if len(members) > 3 else "")
+    shown = ", ".join(map(str, members[:_MOST_MEMBERS]))
+    shown += ", ..." if len(members) > _MOST_MEMBERS else ""
     return f"ranks {shown}"
 
 

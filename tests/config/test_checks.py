@@ -267,6 +267,8 @@ def test_checkpoints(flag, missing):
         ("--split 1,2,3,4", (), ("--split '1,2,3,4'", "three numbers")),
         ("--split 0,0,0", (), ("--split '0,0,0'", "three numbers")),
         ("--split 2,-1", (), ("--split '2,-1'", "three numbers")),
+        ("--split nan,1", (), ("--split 'nan,1'", "three numbers")),
+        ("--split 1e999,1", (), ("--split '1e999,1'", "three numbers")),
     ],
 )
 def test_data(arguments, without, parts):

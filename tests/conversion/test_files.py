@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_memory.conversion import lazy
 from megatron_memory.conversion.convert import read_checkpoint
@@ -20,12 +20,14 @@ from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.metadata_file import read_metadata
+from tests.bounded import within
 from tests.conversion.states import (
     assert_same_tensors,
     golden_checkpoint,
     read_all,
     save_hf_model,
 )
+from tests.hostile import hostile_safetensors
 from tests.memory_growth import growth
 
 MIB = 2**20
@@ -261,3 +263,33 @@ def test_full_disk_is_told_and_leaves_nothing(tmp_path: Path):
     assert len(lines) == 4 and lines[1] == lines[3] == "", run.stderr
     for line in (lines[0], lines[2]):
         assert "--save" in line and "No space left on device" in line
+
+
+@pytest.mark.parametrize(("name", "content"), hostile_safetensors())
+def test_a_header_that_is_not_that_of_its_numbers(name: str, content: bytes, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+
+    def read() -> None:
+        with pytest.raises(CheckpointError, match="model.safetensors") as caught:
+            read_all(read_weight_files(tmp_path))
+        assert len(str(caught.value)) < 1000
+
+    assert within(512 * MIB, read) < 64 * MIB
+
+
+def test_one_file_beside_shards_is_refused(tmp_path: Path):
+    """transformers reads the first, and other programs the second."""
+    save_hf_model("llama", tmp_path, max_shard_size="40KB")
+    shutil.copy(next(tmp_path.glob("*.safetensors")), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds model.safetensors and .*index.json"):
+        read_weight_files(tmp_path)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_refused(tmp_path: Path):
+    save_hf_model("llama", tmp_path, max_shard_size="40KB")
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    name, stale = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: stale + 1}, last, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{last.name} holds {name}, which .*{first.name}"):
+        read_weight_files(tmp_path)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_memory.conversion.convert import convert
 from megatron_memory.conversion.evaluate import hf_logits, megatron_logits, state_logits
-from megatron_memory.conversion.hf import read_hf, write_hf
+from megatron_memory.conversion.hf import _with_defaults, read_hf, write_hf
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from tests.conversion.states import (
@@ -258,3 +258,22 @@ def test_family_that_has_no_such_model(family: str, tmp_path: Path):
     save_hf_model("qwen2", tmp_path)
     with pytest.raises((CheckpointError, ConfigurationError), match=f"--hf-model-type {family}"):
         write_hf(read_hf(tmp_path), tmp_path, model_type=family)
+
+
+def test_settings_that_a_family_ignores_or_presumes(tmp_path: Path):
+    """transformers' Mistral slides over all layers whatever layer_types says, and has 8 groups
+    where none are said."""
+    save_hf_model("mistral", tmp_path)
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text())
+    for ignored in ({"layer_types": ["full_attention"] * 2}, {"use_sliding_window": False}):
+        path.write_text(json.dumps(said | ignored))
+        assert read_hf(tmp_path).config.model.max_position_embeddings == 50
+    for family, name, expected in (
+        ("mistral", "num_key_value_heads", 8),
+        ("qwen2", "num_key_value_heads", 32),
+        ("qwen3", "head_dim", 128),
+        ("llama", "num_key_value_heads", None),
+    ):
+        values = {"model_type": family, "num_attention_heads": 4, "hidden_size": 64}
+        assert _with_defaults(values).get(name) == expected

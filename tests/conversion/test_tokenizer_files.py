@@ -114,3 +114,24 @@ def test_an_exported_model_has_the_tokenizer_that_it_was_trained_with(originals,
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="pre_tokenizer differ"):
         list(check_files(state, "hf", folder))
+
+
+@pytest.mark.parametrize("kind", ["digits-in-threes", "added-tokens"])
+def test_chat_templates_beside_the_first_are_copied(kind, originals, tmp_path):
+    """With the files as they are, and with the definition written anew."""
+    original = tmp_path / "in"
+    shutil.copytree(originals[kind], original)
+    (original / "chat_template.jinja").write_text("one")
+    (original / "additional_chat_templates").mkdir()
+    (original / "additional_chat_templates" / "tool_use.jinja").write_text("two")
+    folder = _copy(original, tmp_path / "copy", "llama")
+    assert check_same_tokenizer(original, folder, None)
+    copied = AutoTokenizer.from_pretrained(folder)
+    assert copied.chat_template == {"default": "one", "tool_use": "two"}
+    shutil.rmtree(folder / "additional_chat_templates")
+    with pytest.raises(CheckpointError, match="its chat_template differ"):
+        check_same_tokenizer(original, folder, None)
+    (tmp_path / "secret").write_text("three")
+    (original / "additional_chat_templates" / "x.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="is a link to .*secret"):
+        copy_tokenizer(original, tmp_path / "again", "llama")

@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 
 from megatron_memory.conversion.tokenizer_files import load_tokenizer
+from megatron_memory.data.preprocess.blocks import LineBlock, Position
+from megatron_memory.data.preprocess.encoding import DocumentEncoder, list_encoder
 from megatron_memory.data.preprocess.tokenizer import load_text_tokenizer
 from megatron_memory.data.tokenizers import build_tokenizer
 from megatron_memory.exceptions import CheckpointError, DataError
@@ -31,16 +34,19 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(TOKENIZER, tmp_path / "tokenizer"))
 
 
-def _read_everywhere(folder: Path, expected: str) -> None:
-    options = SimpleNamespace(
+def _options(folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(
         tokenizer_type="HuggingFaceTokenizer",
         tokenizer_model=str(folder),
         vocab_size=None,
         tokenizer_hf_include_special_tokens=False,
     )
+
+
+def _read_everywhere(folder: Path, expected: str) -> None:
     for error, read in (
         (DataError, lambda: build_tokenizer("HuggingFaceTokenizer", str(folder))),
-        (DataError, lambda: load_text_tokenizer(options)),
+        (DataError, lambda: load_text_tokenizer(_options(folder))),
         (CheckpointError, lambda: load_tokenizer(folder)),
     ):
         with pytest.raises(error) as caught:
@@ -112,3 +118,34 @@ def test_a_panic_is_an_error():
         raise KeyboardInterrupt
     with pytest.raises(Exception, match="expected value"), panics_as_errors():
         tokenizers.Tokenizer.from_str("x")
+
+
+def test_a_panic_on_a_text_refuses_the_text(folder: Path):
+    """A definition that loads, and panics when it encodes: a piece of no length."""
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    path.write_text(json.dumps(definition))
+    for plain in (True, False):
+        if not plain:  # A setting that transformers reads.
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            settings |= {"split_special_tokens": False}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = load_text_tokenizer(_options(folder))
+        with pytest.raises(UnsafeFile, match="chunk size"):
+            tokenizer.encode(["a text"])
+        encoder = DocumentEncoder(
+            keys=("text",),
+            encode=list_encoder(tokenizer.encode),
+            eod=None,
+            vocab_size=tokenizer.vocab_size,
+            dtype=np.dtype(np.int32),
+        )
+        text = b'{"text": "a text"}\n'
+        block = LineBlock(first_record=1, num_bytes=len(text), end=Position(), lines=text)
+        refused = encoder(block)
+        assert [number for number, _ in refused.problems] == [1]
+        assert "the tokenizer refuses the text (UnsafeFile: " in refused.problems[0][1]
+    # megatron-core encodes a text as it loads.
+    with pytest.raises(DataError, match="chunk size"):
+        build_tokenizer("HuggingFaceTokenizer", str(folder))

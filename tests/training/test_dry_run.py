@@ -67,6 +67,15 @@ def test_values_add_no_flops_but_the_rows_read(capsys: pytest.CaptureFixture):
     assert differing == ["memory key scores"]
 
 
+def test_more_ranks_than_can_be_listed(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", str(10**18))
+    many = ["--memory-layers", "4,12,20", "--global-batch-size", str(4 * 10**18)]
+    lines = _lines([*PAPER, *many], capsys)
+    assert "  ranks 0, 1, 2, ...: columns 0 to 2047 of the tables held there" in lines
+
+
 def test_any_number_of_ranks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "32")
     parallel = ["--tensor-model-parallel-size", "8", "--use-distributed-optimizer"]

@@ -1,8 +1,10 @@
 """Lines of JSON and rows of tables to the texts in them."""
 
+import collections
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -107,7 +109,16 @@ def _parse_good_lines(block: LineBlock, keys: tuple[str, ...]) -> dict[str, list
         return None
     if any(set(map(type, column)) != {str} for column in texts.values()):
         return None
+    # A key twice in a line: Python keeps the last and loses the first.
+    if any(_times_named(key, text) > len(documents) for key in keys):
+        return None
     return texts
+
+
+def _times_named(key: str, text: str) -> int:
+    """How often a key is named, in nested objects too. As a value it is no name."""
+    quoted = json.dumps(key, ensure_ascii=False)
+    return len(re.findall(re.escape(quoted) + r"\s*:", text))
 
 
 class _BadRecord(Exception):
@@ -116,7 +127,7 @@ class _BadRecord(Exception):
 
 def _parse_line(line: bytes, keys: tuple[str, ...]) -> list[str]:
     try:
-        document = json.loads(line.decode("utf-8"))
+        document = json.loads(line.decode("utf-8"), object_pairs_hook=_Pairs)
     except UnicodeDecodeError as error:
         raise _BadRecord(f"not UTF-8 ({error}). Save the file as UTF-8") from error
     # Not only JSONDecodeError: a number of thousands of digits is another ValueError.
@@ -126,7 +137,7 @@ def _parse_line(line: bytes, keys: tuple[str, ...]) -> list[str]:
             f"not valid JSON ({error}): {shown!r}. Each line must be one JSON object; "
             "fix or remove the line"
         ) from error
-    if not isinstance(document, dict):
+    if not isinstance(document, _Pairs):
         raise _BadRecord(
             f"a JSON {type(document).__name__}, not an object. Each line must be an "
             f"object with the keys of --json-keys: {', '.join(keys)}"
@@ -134,7 +145,18 @@ def _parse_line(line: bytes, keys: tuple[str, ...]) -> list[str]:
     return [_text_of(document, key) for key in keys]
 
 
-def _text_of(document: dict, key: str) -> str:
+class _Pairs(dict[str, Any]):
+    """A JSON object that knows which keys it has more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        counts = collections.Counter(key for key, _ in pairs) if len(pairs) > len(self) else {}
+        self.repeated = {key for key, count in counts.items() if count > 1}
+
+
+def _text_of(document: _Pairs, key: str) -> str:
+    if key in document.repeated:
+        raise _BadRecord(f"has the key {key!r} more than once: which is meant? Remove all but one")
     if key not in document:
         raise _BadRecord(
             f"has no key {key!r}, only {', '.join(sorted(document)) or 'none'}. Give the "

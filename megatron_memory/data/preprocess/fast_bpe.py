@@ -117,6 +117,11 @@ class FastEncoder:
             expected = self._reference([text])[0]
         except TypeError:
             return  # The text is refused, which is for the document's turn to say.
+        # gigatoken takes what the tokenizer refuses with any other kind of error.
+        except Exception as error:
+            raise TokenMismatch(
+                f"the tokenizer itself refuses the text {text[:60]!r} ({error})"
+            ) from error
         found = self._backend.encode(text).tolist()
         if found != expected:
             raise TokenMismatch(

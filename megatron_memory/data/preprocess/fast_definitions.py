@@ -84,6 +84,8 @@ def _of_model(model: Json) -> str | None:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[name]:
             return f"the model's {name} {model[name]!r}"
+    if model["unk_token"] is not None and model["unk_token"] not in model["vocab"]:
+        return f"the model's unk_token {model['unk_token']!r}, which its vocabulary lacks"
     return None
 
 

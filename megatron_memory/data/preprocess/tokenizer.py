@@ -21,7 +21,11 @@ from megatron_memory.data.tokenizers import (
     num_ids_of,
 )
 from megatron_memory.exceptions import DataError
-from megatron_memory.reading.tokenizer_files import check_tokenizer_files, panics_as_errors
+from megatron_memory.reading.tokenizer_files import (
+    check_tokenizer_files,
+    panics_as_errors,
+    without_panics,
+)
 
 _NAMED_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -77,9 +81,12 @@ def load_text_tokenizer(options: TokenizerOptions) -> TextTokenizer:
     )
     if library == "huggingface":
         assert options.tokenizer_model is not None, "checked above"
-        plain = _load_plain_folder(options)
-        return plain or _load_with_transformers(options)
-    return _load_with_megatron(options)
+        found = _load_plain_folder(options) or _load_with_transformers(options)
+    else:
+        found = _load_with_megatron(options)
+    return dataclasses.replace(
+        found, encode=without_panics(found.encode), decode=without_panics(found.decode)
+    )
 
 
 def _load_plain_folder(options: TokenizerOptions) -> TextTokenizer | None:
@@ -241,7 +248,12 @@ def _transformers_encoder(
         )["input_ids"]
 
     probes = list(PROBE_TEXTS)
-    agrees = tokenizer.is_fast and batched(probes) == one_by_one(probes)
+    try:
+        with panics_as_errors():
+            agrees = tokenizer.is_fast and batched(probes) == one_by_one(probes)
+    # It refuses a probe, with any kind of error. Which texts it refuses is said of each.
+    except Exception:
+        agrees = False
     return batched if agrees else one_by_one
 
 

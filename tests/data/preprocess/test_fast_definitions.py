@@ -301,6 +301,10 @@ OTHERS_REFUSED = {
         lambda: Tokenizer(models.WordPiece({"a": 0, "?": 1}, unk_token="?")),
         "WordPiece",
     ),
+    "a token for the unknown that is none": (
+        lambda: edited(byte_level(), model(unk_token="<unk>")),
+        "unk_token '<unk>', which its vocabulary lacks",
+    ),
     "Unigram": (lambda: Tokenizer(models.Unigram([("a", 0.0)])), "a model Unigram"),
 }
 

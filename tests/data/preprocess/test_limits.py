@@ -76,6 +76,24 @@ def test_two_lines_are_not_one_document():
         assert [number for number, _ in found.problems] == [7, 8]
 
 
+def test_a_key_twice_is_refused():
+    from megatron_memory.data.preprocess.blocks import LineBlock, Position
+    from megatron_memory.data.preprocess.documents import read_documents
+
+    lines = [
+        b'{"text": "a", "text": "b"}',
+        b'{"text": "c", "x": {"text": "d", "x": 1, "x": 2}, "type": "text", "x": 3}',
+        b'{"x": "\\"text\\": 1", "text" :"text"}',
+        b'{"text": "e", "te\\u0078t": "e"}',
+    ]
+    data = b"\n".join(lines) + b"\n"
+    block = LineBlock(first_record=1, num_bytes=len(data), end=Position(), lines=data)
+    found = read_documents(block, ("text",))
+    assert found.texts["text"] == ["c", "text"]
+    assert [number for number, _ in found.problems] == [1, 4]
+    assert "has the key 'text' more than once" in found.problems[0][1]
+
+
 class _DiesAtDocument30(encoding.DocumentEncoder):
     how: tuple = ()
 
