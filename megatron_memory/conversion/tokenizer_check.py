@@ -7,7 +7,7 @@ from typing import Any
 from megatron_memory.conversion.tokenizer_files import definition, load_tokenizer, tokenizer_files
 from megatron_memory.data.tokenizer_hash import PROBE_TEXTS
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.reading.tokenizer_files import panics_as_errors
+from megatron_memory.reading.panics import panics_as_errors
 
 Encode = Callable[[str], Sequence[int]]
 

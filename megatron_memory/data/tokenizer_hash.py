@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_memory.reading.tokenizer_files import panics_as_errors
+from megatron_memory.reading.panics import panics_as_errors
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase

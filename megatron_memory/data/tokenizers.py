@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_memory.exceptions import ConfigurationError, DataError
-from megatron_memory.reading.tokenizer_files import check_tokenizer_files, panics_as_errors
+from megatron_memory.reading.panics import panics_as_errors
+from megatron_memory.reading.tokenizer_files import check_tokenizer_files
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase

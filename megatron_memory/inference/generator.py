@@ -17,7 +17,7 @@ from megatron_memory.inference.engine import InferenceEngine
 from megatron_memory.inference.options import ModelSource, Sampling
 from megatron_memory.inference.saved_model import SavedModel, find_saved_model
 from megatron_memory.model.gpt import build_model
-from megatron_memory.reading.tokenizer_files import panics_as_errors
+from megatron_memory.reading.panics import panics_as_errors
 from megatron_memory.runtime import Backend
 from megatron_memory.runtime.distributed import initialize_distributed, world_size
 from megatron_memory.runtime.kernels import choose_kernels

@@ -1,16 +1,12 @@
 """Tokenizers' files, before a library opens them: ids that no model has rows for."""
 
-import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 from megatron_memory.reading.documents import LARGEST_JSON, parse_json, read_bounded
 from megatron_memory.reading.pickles import UnsafeFile, shown
-
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
+from megatron_memory.reading.tokenizer_growth import check_growth
 
 LARGEST_ID = 10_000_000
 """Tokenizers have up to a million entries. Who makes a list or a table for the ids makes one for
@@ -30,6 +26,8 @@ def check_tokenizer_files(path: str | os.PathLike[str]) -> None:
             content = parse_json(read_bounded(file, LARGEST_JSON), limits_depth=False)
             for token, number in _ids(os.path.basename(file), content):
                 _check_id(token, number)
+            if os.path.basename(file) == "tokenizer.json":
+                check_growth(content)
         except OSError as error:
             raise UnsafeFile(f"{file}: {error.strerror}") from error
         except UnsafeFile as error:
@@ -66,31 +64,3 @@ def _check_id(token: Any, number: Any) -> None:
             f"the id of {shown(token):.80} is {shown(number):.80}, and must be a whole number from "
             f"0 to {LARGEST_ID - 1}"
         )
-
-
-@contextlib.contextmanager
-def panics_as_errors() -> Iterator[None]:
-    """Libraries in Rust panic where they do not expect a value; Python sees it as an exception that
-    `except Exception` lets through.
-
-    Raises:
-        UnsafeFile: in place of a panic.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UnsafeFile(f"the library that reads it fails: {error}") from error
-
-
-def without_panics(function: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
-    """The function with UnsafeFile in place of a panic: definitions that load may still panic on a
-    text, or on ids."""
-
-    @functools.wraps(function)
-    def wrapped(argument: Argument) -> Result:
-        with panics_as_errors():
-            return function(argument)
-
-    return wrapped

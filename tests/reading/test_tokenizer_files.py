@@ -16,12 +16,9 @@ from megatron_memory.data.preprocess.encoding import DocumentEncoder, list_encod
 from megatron_memory.data.preprocess.tokenizer import load_text_tokenizer
 from megatron_memory.data.tokenizers import build_tokenizer
 from megatron_memory.exceptions import CheckpointError, DataError
+from megatron_memory.reading.panics import panics_as_errors
 from megatron_memory.reading.pickles import UnsafeFile
-from megatron_memory.reading.tokenizer_files import (
-    LARGEST_ID,
-    check_tokenizer_files,
-    panics_as_errors,
-)
+from megatron_memory.reading.tokenizer_files import LARGEST_ID, check_tokenizer_files
 from tests.bounded import within
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "preprocess" / "tokenizer"
@@ -149,3 +146,45 @@ def test_a_panic_on_a_text_refuses_the_text(folder: Path):
     # megatron-core encodes a text as it loads.
     with pytest.raises(DataError, match="chunk size"):
         build_tokenizer("HuggingFaceTokenizer", str(folder))
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+EXPLODING = {
+    "six steps": [_replace({"Regex": "."}, "x" * 32)] * 6,
+    "each step what the next one names": [
+        _replace({"String": chr(0x4E00 + i)}, chr(0x4E01 + i) * 10) for i in range(8)
+    ],
+    "nested": [{"type": "Sequence", "normalizers": [_replace({"String": "a"}, "a" * 50)] * 4}],
+    "one long text": [_replace({"String": "a"}, "a" * 100_000)],
+}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize("name", EXPLODING)
+def test_replacements_that_multiply_a_text_are_refused(name: str, part: str, folder: Path):
+    """Six steps would make a gigabyte of each character."""
+    inner = "normalizers" if part == "normalizer" else "decoders"
+    steps = json.loads(json.dumps(EXPLODING[name]).replace("normalizers", inner))
+    _change(folder, **{part: {"type": "Sequence", inner: steps}})
+    assert within(2**29, lambda: _refused(folder)) < 2**27
+
+
+def _refused(folder: Path) -> None:
+    with pytest.raises(UnsafeFile, match="tokenizer.json: .*replacement"):
+        check_tokenizer_files(folder)
+
+
+def test_many_replacements_of_single_characters_are_sound(folder: Path):
+    """As SentencePiece's and multilingual models have them: no step names what another makes."""
+    steps = [_replace({"String": chr(0x100 + i)}, chr(0x300 + i) * 3) for i in range(60)]
+    steps += [_replace({"String": " "}, "\u2581"), _replace({"Regex": " {2,}"}, "\u2581")]
+    _change(folder, normalizer={"type": "Sequence", "normalizers": steps})
+    check_tokenizer_files(folder)
+
+
+def _change(folder: Path, **parts: Any) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | parts), "utf-8")

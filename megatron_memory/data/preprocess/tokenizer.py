@@ -21,11 +21,8 @@ from megatron_memory.data.tokenizers import (
     num_ids_of,
 )
 from megatron_memory.exceptions import DataError
-from megatron_memory.reading.tokenizer_files import (
-    check_tokenizer_files,
-    panics_as_errors,
-    without_panics,
-)
+from megatron_memory.reading.panics import panics_as_errors, without_panics
+from megatron_memory.reading.tokenizer_files import check_tokenizer_files
 
 _NAMED_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
