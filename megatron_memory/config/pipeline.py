@@ -4,6 +4,7 @@ megatron-core is given the outcome as its layout (model/config.py), so that ther
 """
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 
@@ -44,8 +45,11 @@ class Stage:
     """Whether it ends with the final norm, the output layer and the loss."""
 
 
+@functools.lru_cache(maxsize=64)
 def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Stage, ...]:
     """The stages in the order of the model; one with everything without pipelining.
+
+    Remembered: planning asks for them for each stage and each table of a plan.
 
     Raises:
         ConfigurationError: the layers cannot be spread so; names the flags and what would do.

@@ -50,6 +50,7 @@ def _others(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(num_layers) if layer not in among)
 
 
+@functools.lru_cache(maxsize=64)
 def memory_pools(config: Config) -> tuple[Pool, ...]:
     """The model's tables, by `--memory-share-scope`.
 

@@ -39,10 +39,18 @@ def pools_of(config: Config, stage: Stage) -> list[Pool]:
     ]
 
 
-@lru_cache(maxsize=64)
 def rank_pools(config: Config, rank: int) -> Sequence[Pool]:
     """The pools of which a pipeline rank has a copy."""
-    return [pool for pool in memory_pools(config) if rank in pool_ranks(config, pool)]
+    return _pools_by_rank(config).get(rank, [])
+
+
+@lru_cache(maxsize=64)
+def _pools_by_rank(config: Config) -> Mapping[int, Sequence[Pool]]:
+    ranks: dict[int, list[Pool]] = {}
+    for pool in memory_pools(config):
+        for rank in pool_ranks(config, pool):
+            ranks.setdefault(rank, []).append(pool)
+    return ranks
 
 
 @lru_cache(maxsize=256)
