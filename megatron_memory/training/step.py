@@ -135,8 +135,8 @@ def evaluate_loss(
     if num_tokens == 0:
         raise TrainingError(
             f"evaluation: the loss of every token of {num_batches} batches is masked, so that "
-            "there is no mean. Look at the held-out data, use more --eval-iters, or leave "
-            "--eod-mask-loss out"
+            "there is no mean. Look at the held-out data, use more --eval-iters, or omit "
+            "--eod-mask-loss"
         )
     return total / num_tokens
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_memory.config import Config
-from megatron_memory.exceptions import DataError
+from megatron_memory.exceptions import TrainingError
 from tests.distributed import run_ranks
 from tests.full_tensors import assemble
 from tests.parallel.context_attention import use_gathered_attention
@@ -108,7 +108,7 @@ def evaluate_masked(config: Config) -> str:
     def masked(*ranks: int):
         return (b | {"loss_mask": b["loss_mask"] * 0} for b in uneven_batches(*ranks))
 
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(TrainingError) as raised:
         train(config, None, masked)
     return str(raised.value)
 
