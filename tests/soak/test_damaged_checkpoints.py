@@ -4,6 +4,7 @@
 """
 
 import collections
+import dataclasses
 import random
 import shutil
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 
 from megatron_memory.config import Config
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.runtime import select_backend
 from megatron_memory.training.checkpoint.finding import find_start
+from megatron_memory.training.checkpoint.loader import load_checkpoint
+from megatron_memory.training.setup import build_training_setup
 from tests.distributed import run_ranks
 from tests.soak.rounds import rounds
 from tests.tiny import one_rank  # noqa: F401
@@ -41,6 +45,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("one_rank")
 def test_no_damage_is_silent(written: tuple[Config, Path], tmp_path: Path):
     config, original = written
+    setup = build_training_setup(config, select_backend("cpu"), VOCAB)
     contents = {i: _contents(original / f"iter_{i:07d}") for i in (2, 4)}
     chance, counted = random.Random(11), collections.Counter[str]()
     for number in range(rounds(500)):
@@ -50,7 +55,9 @@ def test_no_damage_is_silent(written: tuple[Config, Path], tmp_path: Path):
         older_too = chance.random() < 0.1 and damage(root / "iter_0000002", chance)
         said: list[str] = []
         try:
-            find_start(change(config, "checkpoint", load=str(root)), VOCAB, said.append)
+            changed = change(config, "checkpoint", load=str(root))
+            found = find_start(changed, VOCAB, said.append)
+            load_checkpoint(dataclasses.replace(setup, config=changed), found, said.append)
         except CheckpointError as error:
             message = str(error)
             assert str(root / "iter_0000004") in message, (done, message)

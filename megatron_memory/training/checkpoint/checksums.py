@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,21 +217,27 @@ def places_of(name: str, size: int, algorithm: str) -> list[Place]:
     return [(name, index) for index in range(number)]
 
 
-def sum_places(folder: Path, places: list[Place], algorithm: str, threads: int = 1) -> Digests:
-    """Read blocks and sum each.
+def sum_places(
+    folder: Path,
+    places: list[Place],
+    algorithm: str,
+    threads: int = 1,
+    stop: threading.Event | None = None,
+) -> Digests:
+    """Read blocks and sum each. `stop`: set where nobody waits for the sums any more.
 
     Raises:
         OSError: one cannot be read.
     """
     if threads <= 1 or len(places) <= 1:
-        return {place: _sum_place(folder, place, algorithm) for place in places}
+        return {place: _sum_place(folder, place, algorithm, stop) for place in places}
     # Reading and summing both let other threads run.
     with ThreadPoolExecutor(min(threads, len(places))) as pool:
-        digests = pool.map(lambda place: _sum_place(folder, place, algorithm), places)
+        digests = pool.map(lambda place: _sum_place(folder, place, algorithm, stop), places)
         return dict(zip(places, digests, strict=True))
 
 
-def _sum_place(folder: Path, place: Place, algorithm: str) -> str:
+def _sum_place(folder: Path, place: Place, algorithm: str, stop: threading.Event | None) -> str:
     name, index = place
     how = ALGORITHMS[algorithm]
     left = how.block_size
@@ -241,7 +248,7 @@ def _sum_place(folder: Path, place: Place, algorithm: str) -> str:
         if hasattr(os, "posix_fadvise"):
             # The disk reads ahead while this sums: its own 128 KiB are too few for several threads.
             os.posix_fadvise(file.fileno(), start, left or 0, os.POSIX_FADV_WILLNEED)
-        while left is None or left > 0:
+        while (left is None or left > 0) and not (stop and stop.is_set()):
             count = file.readinto(buffer if left is None else buffer[:left])
             if not count:
                 break

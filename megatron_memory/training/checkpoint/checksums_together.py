@@ -1,9 +1,15 @@
 """Checksums by all ranks of a run: each sums what it has written, and compares a share of what is
-loaded."""
+loaded.
+
+Both are done where a processor would wait: while the disk takes what was written, and beside the
+one thread that loads.
+"""
 
 import contextlib
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,30 +34,25 @@ from megatron_memory.training.checkpoint.checksums import (
     write_sums,
 )
 
-_PART = ".integrity_of_rank_"
+_PART = ".integrity_of_"
 
 
-def with_sums(request: AsyncRequest, folder: Path, algorithm: str) -> AsyncRequest:
-    """The same request to write a checkpoint, that sums what this rank has written behind it: in
-    the process that writes, while the bytes are still in memory."""
+def with_sums(request: AsyncRequest, algorithm: str) -> AsyncRequest:
+    """The same request to write a checkpoint, whose processes also sum what they have written."""
     if request.async_fn is None:
         return request
-    rank, threads = dist.get_rank(), _threads()
-    write = partial(_write_and_sum, request.async_fn, folder, rank, algorithm, threads)
+    # Of `write_in_processes`.
+    write = partial(request.async_fn, leave_sums=partial(leave_sums, algorithm))
     return request._replace(async_fn=write)
 
 
-def _write_and_sum(
-    write, folder: Path, rank: int, algorithm: str, threads: int, *args, **kwargs
-) -> None:
-    write(*args, **kwargs)
-    part = folder / f"{_PART}{rank}"
+def leave_sums(algorithm: str, path: Path) -> None:
+    """Sum a file that was just written, and leave the sum beside it for `join_sums`."""
+    part = path.with_name(f"{_PART}{path.name}")
     try:
-        # torch names a rank's files by it.
-        names = [file.name for file in folder.glob(f"__{rank}_*")]
-        part.write_bytes(encode(sum_files(folder, names, algorithm, threads)))
-    # On a full disk, say. Raised here it would leave the other ranks waiting; so rank 0 sums these
-    # files, and hears of the disk itself.
+        part.write_bytes(encode(sum_files(path.parent, [path.name], algorithm)))
+    # On a full disk, say. Raised here it would leave the other ranks waiting; so rank 0 sums this
+    # file, and hears of the disk itself.
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -71,44 +72,99 @@ def join_sums(folder: Path, algorithm: str) -> None:
     write_sums(folder, algorithm, known)
 
 
-def check_sums_together(folder: Path, common: Mapping[str, Any]) -> bool:
-    """Compare every file of a checkpoint with its sum, each rank a share of the bytes.
+@contextlib.contextmanager
+def compared_meanwhile(
+    folder: Path, common: Mapping[str, Any], advice: Callable[[], str]
+) -> Iterator[bool]:
+    """Compare every file of a checkpoint with its sum while it is read, each rank a share of the
+    bytes. What was read must not be used before this ends.
 
-    A collective call. Ranks that see the same files share the work; where nodes have copies of
-    their own, the ranks of each compare the whole copy.
+    Collective at its begin and end. Ranks that see the same files share the work; where nodes have
+    copies of their own, the ranks of each compare the whole copy.
 
-    Returns:
+    Args:
+        folder: of the checkpoint.
+        common: its plain values.
+        advice: what to do where it is damaged; called on all ranks.
+
+    Yields:
         False for a checkpoint that was written without sums.
 
     Raises:
-        CheckpointError: on every rank; it names every file that is missing, extra or damaged.
+        CheckpointError: on every rank; it names every file that is missing, extra or damaged. In
+            place of what reading a damaged file has raised, where that is a CheckpointError, too.
     """
-    sums, problem, digests = None, None, {}
+    sums = _read_sums_together(folder, common, advice)
+    if sums is None:
+        yield False
+        return
+    mine, stop = _ranks_with(folder), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        summing = pool.submit(_sum_share, folder, sums, mine, stop)
+        try:
+            yield True
+        except CheckpointError:
+            # The damage says more than what it has led to.
+            _raise_differing(folder, sums, summing, mine, advice)
+            raise
+        except BaseException:
+            stop.set()
+            raise
+        _raise_differing(folder, sums, summing, mine, advice)
+
+
+def _read_sums_together(
+    folder: Path, common: Mapping[str, Any], advice: Callable[[], str]
+) -> Sums | None:
+    sums, problem = None, None
     try:
         sums = read_sums(folder, common)
     except CheckpointError as error:
         problem = str(error)
-    raise_on_all(problem)
+    _raise_on_all(problem, advice)
+    return sums
+
+
+def _ranks_with(folder: Path) -> list[int]:
+    """The ranks that see the same files as this one."""
     seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, None if sums is None else _identity(folder))
-    mine = [rank for rank, identity in enumerate(seen) if identity == seen[dist.get_rank()]]
-    if sums is not None:
-        try:
-            places = shares(all_places(folder, sums), len(mine))[mine.index(dist.get_rank())]
-            digests = sum_places(folder, places, sums.algorithm, _threads())
-        except OSError as error:
-            problem = f"{error.filename} cannot be read: {error.strerror}"
-    raise_on_all(problem)
+    dist.all_gather_object(seen, _identity(folder))
+    return [rank for rank, identity in enumerate(seen) if identity == seen[dist.get_rank()]]
+
+
+def _sum_share(folder: Path, sums: Sums, ranks: list[int], stop: threading.Event) -> Digests:
+    """This rank's share of what so many sum."""
+    places = shares(all_places(folder, sums), len(ranks))[ranks.index(dist.get_rank())]
+    return sum_places(folder, places, sums.algorithm, _threads(), stop)
+
+
+def _raise_differing(
+    folder: Path,
+    sums: Sums,
+    summing: Future[Digests],
+    mine: list[int],
+    advice: Callable[[], str],
+) -> None:
+    problem, digests = None, {}
+    try:
+        digests = summing.result()
+    except OSError as error:
+        problem = f"{error.filename} cannot be read: {error.strerror}"
+    _raise_on_all(problem, advice)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, digests)
-    if sums is not None:
-        found: Digests = {}
-        for rank in mine:
-            found |= parts[rank]
-        problems = differing(folder, sums, found)
-        problem = listed(problems) if problems else None
-    raise_on_all(problem)
-    return sums is not None
+    found: Digests = {}
+    for rank in mine:
+        found |= parts[rank]
+    problems = differing(folder, sums, found)
+    _raise_on_all(listed(problems) if problems else None, advice)
+
+
+def _raise_on_all(problem: str | None, advice: Callable[[], str]) -> None:
+    try:
+        raise_on_all(problem)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}.{advice()}") from None
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
@@ -118,8 +174,9 @@ def _identity(folder: Path) -> tuple[int, ...]:
 
 
 def _threads() -> int:
+    """Those that this rank may use beside the one that loads."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    return max(1, min(8, (os.cpu_count() or 1) // local))
+    return max(1, min(8, (os.cpu_count() or 1) // local - 1))
 
 
 def shares(places: Mapping[Place, int], number: int) -> list[list[Place]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.agreement import ask_first_rank
 from megatron_memory.training.checkpoint.architecture import check_same_architecture, saved_config
 from megatron_memory.training.checkpoint.checksums import NO_SUMS, check_sums
-from megatron_memory.training.checkpoint.checksums_together import check_sums_together
+from megatron_memory.training.checkpoint.checksums_together import compared_meanwhile
 from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
 from megatron_memory.training.checkpoint.plain_values import check_plain_values
 from megatron_memory.training.checkpoint.shared import check_load_is_alike
@@ -75,7 +75,7 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
 
     Raises:
         CheckpointError: it is damaged (and which older one is not), or of another architecture. The
-            files with its tensors are counted only: see `check_content`.
+            files with its tensors are counted only: see `comparing_content`.
     """
     folder = locate(load)
     if folder is None:
@@ -177,27 +177,32 @@ def read_intact_common(folder: Path) -> dict[str, Any]:
     return common
 
 
-def check_content(found: Found, checksums: str, notify: Notify) -> None:
-    """Compare all files of a checkpoint with their sums; a collective call.
+@contextlib.contextmanager
+def comparing_content(found: Found, checksums: str, notify: Notify) -> Iterator[None]:
+    """Compare all files of a checkpoint with their sums while they are read; see
+    `compared_meanwhile`.
 
     Raises:
         CheckpointError: on every rank: a file is damaged; and which older checkpoint is not.
     """
     if checksums == "none":
         notify(f"{found.folder}: its files are not compared with their sums (--checksums none)")
+        yield
         return
-    try:
-        has_sums = check_sums_together(found.folder, found.common)
-    except CheckpointError as error:
+
+    def advice() -> str:
         # On one rank, which has the other ranks wait: this is the way out, not the rule.
-        instead = ask_first_rank(lambda: _loadable_instead(found.folder.parent))
-        raise CheckpointError(f"{error}.{instead}") from error
-    if not has_sums:
-        notify(NO_SUMS.format(found.folder))
+        return ask_first_rank(lambda: _loadable_instead(found.folder.parent))
+
+    with compared_meanwhile(found.folder, found.common, advice) as has_sums:
+        if not has_sums:
+            notify(NO_SUMS.format(found.folder))
+        yield
 
 
 def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
-    """The checkpoint that `--load` names, checked before anything is built; a collective call.
+    """The checkpoint that `--load` names, checked before anything is built, but for the content of
+    the files with its tensors; a collective call.
 
     Returns:
         None where the training starts from random weights.
@@ -216,7 +221,6 @@ def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
         notify(f"no checkpoint in {load}: starting from random weights")
         return None
     check_load_is_alike(found.folder)
-    check_content(found, checkpoint.checksums, notify)
     if not checkpoint.finetune:
         _require_ours(found, with_optimizer=not checkpoint.no_load_optim)
     for note in found.notes:

@@ -20,7 +20,7 @@ from megatron_memory.training.checkpoint.agreement import ask_first_rank, raise_
 from megatron_memory.training.checkpoint.finding import (
     Found,
     Notify,
-    check_content,
+    comparing_content,
     find_checkpoint,
     start_position,
 )
@@ -37,16 +37,26 @@ from megatron_memory.training.wrapping import unwrap
 def load_checkpoint(setup: TrainingSetup, found: Found, notify: Notify) -> None:
     """Load a checkpoint into the model, the optimizer, the schedule and the generators.
 
-    A collective call. `notify` receives a line for whatever is left out.
+    A collective call. `notify` receives a line for whatever is omitted.
 
     Raises:
-        CheckpointError: on every rank: its tensors or its schedule do not fit, or cannot be read.
+        CheckpointError: on every rank: its tensors or its schedule do not fit, cannot be read, or
+            are not what was written.
     """
     checkpoint = setup.config.checkpoint
+    with comparing_content(found, checkpoint.checksums, notify):
+        if checkpoint.finetune:
+            _load_parts(setup, found)
+        else:
+            _load_all(setup, found, notify)
     if checkpoint.finetune:
-        _load_parts(setup, found)
         notify(f"loaded the weights of {found.folder}")
-        return
+    else:
+        notify(f"loaded {found.folder}, iteration {found.common['iteration']}")
+
+
+def _load_all(setup: TrainingSetup, found: Found, notify: Notify) -> None:
+    checkpoint = setup.config.checkpoint
     position = start_position(found, setup.config)
     _load_parts(
         setup,
@@ -58,7 +68,6 @@ def load_checkpoint(setup: TrainingSetup, found: Found, notify: Notify) -> None:
     # A converted checkpoint has the states of an optimizer and no schedule: the flags' counts.
     schedule = None if checkpoint.no_load_optim else found.common.get("opt_param_scheduler")
     load_schedule(setup, schedule, position.consumed_samples)
-    notify(f"loaded {found.folder}, iteration {position.iteration}")
 
 
 def load_weights(
@@ -86,9 +95,9 @@ def load_weights(
     found = ask_first_rank(lambda: find_checkpoint(load, config, vocab_size))
     if found is None:
         raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
-    check_content(found, config.checkpoint.checksums, notify)
     wanted = state.without_missing_extra_states(state.sharded_model(model), found.objects)
-    _apply_weights(model, _read_tensors(wanted, found))
+    with comparing_content(found, config.checkpoint.checksums, notify):
+        _apply_weights(model, _read_tensors(wanted, found))
     return found.folder
 
 

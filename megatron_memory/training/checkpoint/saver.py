@@ -181,7 +181,7 @@ class CheckpointSaver:
         )
         self._first_rank_writes(writer_errors.raise_kept)
         if self._has_sums:
-            request = with_sums(request, folder, self._setup.config.checkpoint.checksums)
+            request = with_sums(request, self._setup.config.checkpoint.checksums)
         request.add_finalize_fn(lambda: self._publish(position))
         if self._setup.config.checkpoint.async_save:
             self._running.schedule_async_request(request)

@@ -6,14 +6,19 @@ of memory. Here the end of a process ends its pipe, which is an error of that sa
 
 import gc
 import multiprocessing
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+LeaveSums = Callable[[Path], None]
 
 
 def write_in_processes(
@@ -22,6 +27,7 @@ def write_in_processes(
     rank: int,
     write_buckets: list[tuple[Any, ...]],
     results: Any,
+    leave_sums: LeaveSums | None = None,
 ) -> None:
     """What megatron-core's `write_preloaded_data_multiproc` does: a process for each bucket.
 
@@ -31,12 +37,14 @@ def write_in_processes(
         rank: of this process.
         write_buckets: a file's path, its name, and what it holds; each.
         results: queue that gets a list of results by the bucket's number, or an exception.
+        leave_sums: called with the path of each file, in its process, while the disk takes it.
     """
     assert not use_msc, f"rank {rank}: checkpoints are written to files"
     # What collecting garbage would free belongs to the training process, which forked this one.
     with _no_collection():
         running = [
-            _start(number, bucket, transforms) for number, bucket in enumerate(write_buckets)
+            _start(number, bucket, transforms, leave_sums)
+            for number, bucket in enumerate(write_buckets)
         ]
         ends = [_end_of(*started) for started in running]
     failed = next((end for end in ends if isinstance(end, Exception)), None)
@@ -44,32 +52,58 @@ def write_in_processes(
 
 
 def _start(
-    number: int, bucket: tuple[Any, ...], transforms: list[Any]
+    number: int, bucket: tuple[Any, ...], transforms: list[Any], leave_sums: LeaveSums | None
 ) -> tuple[BaseProcess, Connection, str]:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=partial(_write, number, bucket, transforms, sender))
+    process = context.Process(
+        target=partial(_write, number, bucket, transforms, leave_sums, sender)
+    )
     process.start()
     # The process has the only other end, so that its own end is seen here.
     sender.close()
     return process, receiver, str(bucket[0])
 
 
-def _write(number: int, bucket: tuple[Any, ...], transforms: list[Any], sender: Connection) -> None:
+def _write(
+    number: int,
+    bucket: tuple[Any, ...],
+    transforms: list[Any],
+    leave_sums: LeaveSums | None,
+    sender: Connection,
+) -> None:
+    result = _Result()
     FileSystemWriterAsync.write_preloaded_data(
         transforms,
         local_proc_idx=number,
         write_bucket=bucket,
-        results_queue=_Results(sender),
+        results_queue=result,
         count_queue=_Uncounted(),
-        use_fsync=True,
+        use_fsync=False,
     )
+    if not isinstance(result.outcome, Exception):
+        try:
+            _finish(Path(bucket[0]), leave_sums)
+        except OSError as error:
+            result.outcome = error
+    sender.send(result.outcome)
+
+
+def _finish(path: Path, leave_sums: LeaveSums | None) -> None:
+    """Have the disk take a file. While it does, the processor is free to sum what memory holds."""
+    summing = None if leave_sums is None else threading.Thread(target=leave_sums, args=[path])
+    if summing is not None:
+        summing.start()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    if summing is not None:
+        summing.join()
 
 
 def _end_of(process: BaseProcess, receiver: Connection, path: str) -> list[Any] | Exception:
     """The results of a process, or why there are none."""
     try:
-        _, outcome = receiver.recv()
+        outcome = receiver.recv()
     except EOFError:
         outcome = None
     process.join()
@@ -91,14 +125,14 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Results:
-    """The queue that a process says its results to."""
+class _Result:
+    """The queue that a process says its result to."""
 
-    def __init__(self, sender: Connection):
-        self._sender = sender
+    def __init__(self) -> None:
+        self.outcome: Any = None
 
     def put(self, item: tuple[int, Any]) -> None:
-        self._sender.send(item)
+        _, self.outcome = item
 
 
 class _Uncounted:

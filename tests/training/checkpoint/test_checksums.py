@@ -150,16 +150,19 @@ def _load(config: Config, folder: str) -> tuple[str | None, list[str], dict[str,
     read: Counter[str] = Counter()
     sum_places = checksums_together.sum_places
 
-    def counting(root, places, algorithm, threads=1):
+    def counting(root, places, *rest):
         blocks = {name: (root / name).stat().st_size for name, _ in places}
         read.update(blocks)
-        return sum_places(root, places, algorithm, threads)
+        return sum_places(root, places, *rest)
 
     checksums_together.sum_places = counting
     said: list[str] = []
     problem = None
+    config = change(config, "checkpoint", load=folder)
     try:
-        finding.find_start(change(config, "checkpoint", load=folder), VOCAB, said.append)
+        found = finding.find_start(config, VOCAB, said.append)
+        with finding.comparing_content(found, config.checkpoint.checksums, said.append):
+            pass
     except CheckpointError as error:
         problem = str(error)
     finally:
