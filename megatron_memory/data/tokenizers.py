@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.reading.panics import panics_as_errors
 from megatron_memory.reading.tokenizer_files import check_tokenizer_files
+from megatron_memory.upstream import core
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
@@ -23,10 +24,10 @@ _LIBRARIES = {
     "Llama2Tokenizer": "sentencepiece",
     "TikTokenizer": "tiktoken",
     "ByteLevelTokenizer": "byte-level",
-    "NullTokenizer": "null",
+    "NullTokenizer": core.NULL_TOKENIZER,
 }
 TOKENIZER_TYPES = tuple(_LIBRARIES)
-_WITHOUT_FILES = ("byte-level", "null")
+_WITHOUT_FILES = ("byte-level", core.NULL_TOKENIZER)
 
 _NUM_BYTES = 256
 _BYTE_LEVEL_OPTIONS = {
@@ -73,7 +74,7 @@ def build_tokenizer(
         options = {"use_fast": True, "include_special_tokens": include_special_tokens}
     elif library == "byte-level":
         options = dict(_BYTE_LEVEL_OPTIONS)
-    elif library in ("null", "tiktoken") and vocab_size is not None:
+    elif library in (core.NULL_TOKENIZER, "tiktoken") and vocab_size is not None:
         options = {"vocab_size": vocab_size}
     try:
         if library == "huggingface":
@@ -98,7 +99,7 @@ _EXPECTED_MODEL = {
     "tiktoken": "Give the .json vocabulary (a list of rank, token_bytes, token_str), and with "
     "--vocab-size no more entries than it has",
     "byte-level": "This type reads no file: this installation of megatron-core does not fit",
-    "null": "--vocab-size must be a whole number",
+    core.NULL_TOKENIZER: "--vocab-size must be a whole number",
 }
 
 
@@ -116,7 +117,7 @@ def check_tokenizer_flags(
             f"--tokenizer-type {tokenizer_type}: unknown. Choose one of {', '.join(_LIBRARIES)}"
         )
     library = _LIBRARIES[tokenizer_type]
-    if library == "null" and vocab_size is None:
+    if library == core.NULL_TOKENIZER and vocab_size is None:
         raise ConfigurationError("--tokenizer-type NullTokenizer needs --vocab-size")
     if library in _WITHOUT_FILES:
         return library
