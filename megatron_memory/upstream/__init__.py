@@ -1,8 +1,8 @@
 """What differs between the two lines of megatron-core that are supported.
 
-Each line has a module with the same names, of which `core` is the one that fits the installed
-version. Nothing here imports megatron-core before a function is called: it must be prepared first
-(`prepare_megatron`), and takes seconds to load.
+Of each module here there is one a line, with the same names. Those called `core_*` load in no time;
+the others import megatron-core, which takes seconds and must be prepared first
+(`prepare_megatron`).
 """
 
 import importlib.metadata
@@ -11,11 +11,16 @@ from types import ModuleType
 
 from megatron_memory.exceptions import ConfigurationError
 
-LINES = {"0.16": "core_0_16", "0.19": "core_0_19"}
-"""Line of megatron-core -> the module that knows it."""
+LINES = ("0.16", "0.19")
+"""Of megatron-core, as the modules' names end."""
 
 
-def _module() -> ModuleType:
+def fitting(name: str) -> ModuleType:
+    """The module of that name for the installed megatron-core.
+
+    Raises:
+        ConfigurationError: it is of another line.
+    """
     version = importlib.metadata.version("megatron-core")
     line = ".".join(version.split(".")[:2])
     if line not in LINES:
@@ -24,7 +29,7 @@ def _module() -> ModuleType:
             f"version, and {' and '.join(LINES)} are known here. `make setup` installs the one "
             "that fits this Python"
         )
-    return import_module(f"{__name__}.{LINES[line]}")
+    return import_module(f"{__name__}.{name}_{line.replace('.', '_')}")
 
 
-core = _module()
+core = fitting("core")
