@@ -11,12 +11,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_memory.config import Config
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.pickles import UnsafeFile
-from megatron_memory.reading.torch_files import load_torch_file
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.agreement import ask_first_rank
 from megatron_memory.training.checkpoint.architecture import check_same_architecture, saved_config
 from megatron_memory.training.checkpoint.checksums import NO_SUMS, check_sums
 from megatron_memory.training.checkpoint.checksums_together import compared_meanwhile
+from megatron_memory.training.checkpoint.common_state import read_values
 from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
 from megatron_memory.training.checkpoint.plain_values import check_plain_values
 from megatron_memory.training.checkpoint.shared import check_load_is_alike
@@ -82,7 +82,7 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         return None
     try:
         metadata = check_whole(folder)
-        common = read_common(folder)
+        common = read_common(folder, metadata)
         if config.checkpoint.checksums != "none":
             check_small_files(folder, common)
     except CheckpointError as error:
@@ -128,18 +128,17 @@ def _vocabulary_notes(
     )
 
 
-def read_common(folder: Path) -> dict[str, Any]:
-    """A checkpoint's plain values.
+def read_common(folder: Path, metadata: Metadata | None = None) -> dict[str, Any]:
+    """A checkpoint's plain values. `metadata`: its list of tensors, where that was read already.
 
     Raises:
         CheckpointError: they are damaged, hold code, or contradict the folder's name.
     """
-    path = folder / "common.pt"
+    common = read_values(folder, metadata)
     try:
-        common = load_torch_file(path)
         check_plain_values(common, folders.iteration_of(folder))
-    except (UnsafeFile, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except UnsafeFile as error:
+        raise CheckpointError(f"{folder}: its plain values are damaged: {error}") from error
     return common
 
 
@@ -148,8 +147,7 @@ def _loadable_instead(root: Path) -> str:
     for iteration in reversed(folders.saved_iterations(root)):
         folder = folders.published_folder(root, iteration)
         with contextlib.suppress(CheckpointError):
-            check_whole(folder)
-            check_sums(folder, read_common(folder))
+            check_sums(folder, read_common(folder, check_whole(folder)))
             return f" Complete is iteration {iteration}: --load {folder}"
     return f" There is no complete checkpoint in {root}"
 
