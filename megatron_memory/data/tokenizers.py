@@ -74,7 +74,9 @@ def build_tokenizer(
         options = {"use_fast": True, "include_special_tokens": include_special_tokens}
     elif library == "byte-level":
         options = dict(_BYTE_LEVEL_OPTIONS)
-    elif library in (core.NULL_TOKENIZER, "tiktoken") and vocab_size is not None:
+    elif library == core.NULL_TOKENIZER and vocab_size is not None:
+        options = {"vocab_size": core.null_vocab_size(vocab_size)}
+    elif library == "tiktoken" and vocab_size is not None:
         options = {"vocab_size": vocab_size}
     try:
         if library == "huggingface":

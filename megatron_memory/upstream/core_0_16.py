@@ -11,6 +11,11 @@ NULL_TOKENIZER = "null"
 """Library of the tokenizer without text."""
 
 
+def null_vocab_size(num_tokens: int) -> int:
+    """The size by which that tokenizer has so many ids and, after them, the end of document."""
+    return num_tokens
+
+
 def share_of_sequences(
     batch: dict[str, torch.Tensor], context_group: torch.distributed.ProcessGroup
 ) -> dict[str, torch.Tensor]:

@@ -39,7 +39,10 @@ def read_values(folder: Path, metadata: Metadata | None = None) -> Any:
         places = [place for index, place in stored.items() if index.fqn == COMMON_OBJECT]
         if not places:
             raise CheckpointError(f"{path} is missing: the checkpoint was not completed")
-        path = folder / places[0].relative_path
+        path, end = folder / places[0].relative_path, places[0].offset + places[0].length
+        size = path.stat().st_size
+        if size < end:
+            raise CheckpointError(f"{path} is truncated: {size} bytes of at least {end}")
         (values,) = load_torch_part(path, places[0].offset, places[0].length)
     except (UnsafeFile, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
