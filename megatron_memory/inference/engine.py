@@ -25,6 +25,10 @@ from torch import Tensor
 
 from megatron_memory.inference.options import Sampling
 
+_SMALL_TEMPERATURE = 1e-3
+# Its reciprocal is finite in fp32; any smaller one gives the same choice.
+_SMALLEST_TEMPERATURE = 1e-30
+
 
 class InferenceEngine:
     """Continues token sequences; every rank of the tensor-parallel group calls it alike.
@@ -114,7 +118,7 @@ class InferenceEngine:
 
     def _parameters(self, sampling: Sampling, num_tokens: int) -> SamplingParams:
         parameters = SamplingParams(
-            temperature=sampling.temperature,
+            temperature=max(sampling.temperature, _SMALLEST_TEMPERATURE),
             top_k=1 if sampling.is_greedy else sampling.top_k,
             top_p=float(sampling.top_p),
             num_tokens_to_generate=num_tokens,
@@ -145,6 +149,9 @@ class _Controller(TextGenerationController):
         if self._never_chosen:
             logits = logits.clone()
             logits[:, self._never_chosen] = float("-inf")
+        if sampling_params.temperature < _SMALL_TEMPERATURE:
+            # The quotient of the largest would be infinite. The distribution stays the same.
+            logits = logits - logits.amax(dim=-1, keepdim=True)
         chosen = super().sample_from_logits(logits, sampling_params)
         # megatron-core knows one token that ends a text: the others become it.
         for token in self._stop_tokens[1:]:

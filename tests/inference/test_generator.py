@@ -179,6 +179,9 @@ def _restricted_to_one_token(generator):
             sampling(temperature=0),
             sampling(top_p=1e-6),
             sampling(temperature=1e-6),
+            # The logits divided by it are infinite; below, its reciprocal is in fp32.
+            sampling(temperature=1e-38),
+            sampling(temperature=5e-324),
         )
     ]
 
