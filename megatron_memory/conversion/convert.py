@@ -10,6 +10,7 @@ import torch
 from megatron_memory.conversion.folders import output_folder
 from megatron_memory.conversion.hf import read_hf, write_hf
 from megatron_memory.conversion.lingua import locate_lingua, read_lingua, write_lingua
+from megatron_memory.conversion.lingua_params import not_in_lingua
 from megatron_memory.conversion.megatron import layout_of, read_megatron, write_megatron
 from megatron_memory.conversion.options import Checking, Conversion, Format, Target
 from megatron_memory.conversion.own_tokenizer import check_is_the_trainings
@@ -106,6 +107,9 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
         return state.without_optimizer()
     if state.moments and target.target_format == "hf":
         notify("note: the format has no place for an optimizer's state, which is left out")
+    if target.target_format == "lingua":
+        for left_out in not_in_lingua(state):
+            notify(f"note: the format has no place for {left_out}, left out")
     if state.usage and target.target_format != "megatron":
         notify("note: the format has no place for the counts of slots read, which are left out")
         return dataclasses.replace(state, usage={})

@@ -18,7 +18,7 @@ from megatron_memory.conversion.generation_settings import IN_CONFIG
 from megatron_memory.conversion.hf import CONFIG, config_values, read_config, read_hf
 from megatron_memory.conversion.hf_memory import check_code
 from megatron_memory.conversion.lingua import PARAMS, locate_lingua, read_lingua
-from megatron_memory.conversion.lingua_params import params_of
+from megatron_memory.conversion.lingua_params import NOT_KEPT, params_of
 from megatron_memory.conversion.megatron import config_to_write, layout_of
 from megatron_memory.conversion.options import Target
 from megatron_memory.conversion.own_tokenizer import count_ids
@@ -38,8 +38,6 @@ _ALSO = (
 )
 # A conversion permutes rows instead, or writes a setting of trainings or experts, which none has.
 _NOT_KEPT = (("model", "rotary_interleaved"), ("memory", "fp8_values"))
-# The reference has no such settings; they are of a training.
-_NOT_IN_LINGUA = ("num_random_values", "query_dropout", "value_dropout")
 
 
 def check_settings_back(state: SavedState, target: Target, save: Path, dtype: torch.dtype) -> int:
@@ -64,7 +62,7 @@ def check_settings_back(state: SavedState, target: Target, save: Path, dtype: to
         expected = params_of(state.config, state.vocab_size)
         count = _check_entries(path, _dotted(expected), _dotted(read_json(path, CheckpointError)))
         back = read_lingua(save)
-        _check_model(state, back, path, omitted=_NOT_IN_LINGUA)
+        _check_model(state, back, path, omitted=NOT_KEPT)
         step, found_step = ({"iteration": s.iteration} for s in (state, back))
         return count + _check_entries(path.parent, step, found_step)
     check_code(save, state.config)

@@ -1,6 +1,7 @@
 """Verification compares what the written settings say, entry by entry: logits of some tokens depend
 on few of them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from megatron_memory.conversion.convert import convert, read_checkpoint
 from megatron_memory.conversion.hf import write_hf
+from megatron_memory.conversion.lingua_params import not_in_lingua
 from megatron_memory.conversion.options import Target
 from megatron_memory.conversion.verify_files import check_files
 from megatron_memory.conversion.verify_settings import check_settings_back
@@ -32,6 +34,8 @@ def written(tmp_path_factory) -> Path:
     for target in CONFIG:
         convert(conversion("hf", root / "in", target, root / target, verify=None), said.append)
     assert sum("settings of the model" in line for line in said) == 3
+    # The reference's folder alone has no place for them.
+    assert sum("left out" in line for line in said) == 2
     return root
 
 
@@ -101,6 +105,15 @@ def test_a_tokenizer_that_is_not_there_is_told(target, written, tmp_path):
         file.unlink()
     with pytest.raises(CheckpointError, match="lacks a copy of .*in"):
         list(check_files(state, target, tmp_path / "out"))
+
+
+def test_what_the_reference_has_no_place_for_is_told(written):
+    state = read_checkpoint("hf", written / "in")
+    memory = dataclasses.replace(state.config.memory, layers="1", value_dropout=0.2)
+    config = dataclasses.replace(state.config, memory=memory)
+    told = list(not_in_lingua(dataclasses.replace(state, config=config)))
+    assert told[0].endswith("/in") and "stop tokens" in told[1]
+    assert told[2:] == ["--memory-value-dropout 0.2, which is of trainings"]
 
 
 @pytest.mark.usefixtures("one_rank")
