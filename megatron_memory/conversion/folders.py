@@ -12,14 +12,23 @@ from megatron_memory.exceptions import CheckpointError
 
 
 @contextlib.contextmanager
-def output_folder(save: Path) -> Iterator[Path]:
+def output_folder(save: Path, load: Path | None = None) -> Iterator[Path]:
     """A folder beside `save` to write into, which takes its name at the end; removed on errors.
 
+    Args:
+        save: the folder's name.
+        load: what is read, which stays as it is.
+
     Raises:
-        CheckpointError: `save` holds something, or another process has written it meanwhile, or
-            the disk is full.
+        CheckpointError: `save` holds something, or lies in `load`, or another process has written
+            it meanwhile, or the disk is full.
     """
     _check_is_free(save)
+    if load is not None and save.resolve().is_relative_to(load.resolve()):
+        raise CheckpointError(
+            f"--save {save}: lies in --load {load}, whose files are only read. Name a folder "
+            "outside of it"
+        )
     # Processes on other hosts, and the one that was killed here before, may have the same number.
     temporary = save.with_name(f".{save.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

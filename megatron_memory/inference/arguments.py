@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_memory.config.command import parse_command
 from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.inference.options import ModelSource, Prompts, Sampling
+from megatron_memory.reading.documents import read_bounded
+from megatron_memory.reading.pickles import UnsafeFile
 
 _USAGE = "python -m megatron_memory.generate --load DIR --prompt TEXT [--flags]"
 _EPILOG = """\
@@ -15,6 +16,9 @@ With N processes: torchrun --nproc-per-node N -m megatron_memory.generate \
 The model's shape, precision and tokenizer come from the checkpoint's config.yaml. A prompt that
 begins with a dash follows an equals sign: --prompt=-5. Flags may be written with underscores, too.
 """
+
+_LARGEST_FILE = 64 * 2**20
+"""Bytes of prompts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,12 @@ def read_prompts(prompts: Prompts) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text("utf-8").split("\n")
+        # Editors of Windows put a mark before a text, which a tokenizer would take for a word.
+        text = read_bounded(path, _LARGEST_FILE).decode("utf-8-sig")
+    except UnsafeFile as error:
+        raise ConfigurationError(
+            f"--prompts-file {path} cannot be read: {error}. Give a text file of one prompt a line."
+        ) from error
     except OSError as error:
         raise ConfigurationError(
             f"--prompts-file {path} cannot be read: {error.strerror}. Check the path."
@@ -65,8 +74,9 @@ def _lines(path: str) -> list[str]:
         raise ConfigurationError(
             f"--prompts-file {path} is not UTF-8 text: {error}. Convert it."
         ) from error
-    if lines[-1] == "":
-        lines.pop()
+    if not text:
+        raise ConfigurationError(f"--prompts-file {path} is empty. Write one prompt a line.")
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ConfigurationError(
