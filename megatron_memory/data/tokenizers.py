@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.reading.panics import panics_as_errors
 from megatron_memory.reading.tokenizer_files import check_tokenizer_files
+from megatron_memory.reading.tokenizer_vocabularies import (
+    check_sentencepiece_file,
+    check_tiktoken_file,
+)
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
@@ -78,6 +82,10 @@ def build_tokenizer(
     try:
         if library == "huggingface":
             check_tokenizer_files(str(tokenizer_model))
+        elif library == "sentencepiece":
+            check_sentencepiece_file(str(tokenizer_model))
+        elif library == "tiktoken":
+            check_tiktoken_file(str(tokenizer_model), vocab_size)
         with panics_as_errors():
             return MegatronTokenizer.from_pretrained(
                 tokenizer_path=None if library in _WITHOUT_FILES else tokenizer_model,

@@ -1,5 +1,6 @@
 """JSON and YAML of which neither the length nor the depth nor a number in it is out of bounds."""
 
+import errno
 import json
 import os
 import stat
@@ -27,9 +28,13 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
         UnsafeFile: it is longer, or no file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        raise UnsafeFile("it is no regular file")
     with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UnsafeFile("it is no regular file")
         content = stream.read(most + 1)
     if len(content) > most:
         raise UnsafeFile(f"it has more than {most} bytes, and no such file needs as many")
