@@ -1,5 +1,6 @@
 """The files themselves: blocks, hostile content, damage, full or contested places."""
 
+import json
 import os
 import pickle
 import shutil
@@ -292,4 +293,14 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_refused(tmp_path: Path
     name, stale = next(iter(load_file(first).items()))
     save_file(load_file(last) | {name: stale + 1}, last, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{last.name} holds {name}, which .*{first.name}"):
+        read_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [[["a", "b"]], "x", {"a": 1}, {"a": "x" * 300}, {"a": "../x"}]
+)
+def test_an_index_that_names_no_files(weight_map: object, tmp_path: Path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="index.json"):
         read_weight_files(tmp_path)

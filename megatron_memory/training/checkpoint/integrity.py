@@ -1,5 +1,6 @@
 """Is a checkpoint whole, and what is in it: answered before any tensor is read."""
 
+import os
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -40,7 +41,8 @@ def check_stored(folder: Path, metadata: Metadata) -> None:
     """
     for name, end in stored_lengths(metadata, folder).items():
         file = folder / name
-        if not file.is_file():
+        # Unlike Path.is_file it does not raise on a name that is too long.
+        if not os.path.isfile(file):
             raise CheckpointError(f"{file} is missing")
         size = file.stat().st_size
         if size < end:
