@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from megatron_memory.exceptions import USER_ERRORS, SaveError
-from megatron_memory.output import let_go_of_output, try_print
+from megatron_memory.output import accept_any_text, let_go_of_output, try_print
 
 EXIT_ERROR = 2
 EXIT_NOT_SAVED = 3
@@ -21,6 +21,7 @@ def run_entry(run: Callable[[], int]) -> int:
     The ranks meet the same error, and torchrun ends all after the first: the message of a node's
     first rank comes first there, and is usually the only one.
     """
+    accept_any_text()
     try:
         return _run_entry(run)
     finally:

@@ -4,6 +4,7 @@ None of these is a reason to end a training, or to end it without its checkpoint
 """
 
 import contextlib
+import io
 import os
 import sys
 from typing import TextIO
@@ -20,6 +21,14 @@ def try_print(line: str, stream: TextIO) -> OSError | None:
     except OSError as error:
         return error
     return None
+
+
+def accept_any_text() -> None:
+    """Print characters that the terminal's encoding lacks, and bytes of file names that are no
+    text, as escapes: Python would end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def let_go_of_output() -> None:

@@ -85,3 +85,15 @@ def test_curves_on_a_disk_that_is_full_end_and_nothing_else(tmp_path: Path):
     (tmp_path / "a file").touch()
     with pytest.raises(ConfigurationError, match="--tensorboard-dir .* cannot be written to"):
         Curves(str(tmp_path / "a file" / "curves"), first_iteration=1, is_writer=True)
+
+
+def test_names_and_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
+    for encoding, text, shown in (
+        ("utf-8", "caf\udce9", b"caf\\udce9\n"),
+        ("ascii", "\u4e2d", b"\\u4e2d\n"),
+        ("utf-8", "\u4e2d", b"\xe4\xb8\xad\n"),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        assert run_entry(lambda text=text: print(text) or 0) == 0
+        assert written.getvalue() == shown

@@ -29,12 +29,14 @@ from megatron_memory.data.preprocess.tokenizer import (  # noqa: E402
     load_text_tokenizer,
 )
 from megatron_memory.exceptions import USER_ERRORS, ConfigurationError  # noqa: E402
+from megatron_memory.output import accept_any_text  # noqa: E402
 
 _NUM_IDS_SHOWN = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    accept_any_text()
     args = _parser().parse_args(argv)
     try:
         args.command(args)
