@@ -43,6 +43,13 @@ def _run_entry(run: Callable[[], int]) -> int:
         prefix = "" if rank == 0 else f"rank {rank}: "
         try_print(f"{prefix}{type(error).__name__}: {error}", sys.stderr)
         return EXIT_NOT_SAVED if isinstance(error, SaveError) else EXIT_ERROR
+    except OSError as error:
+        # What is read is looked for before it is opened, and asking may fail as well.
+        if error.filename is None:
+            raise
+        reason = f"{os.fspath(error.filename)!s:.200}: {error.strerror}"
+        try_print(f"{reason}. Check the path, its owner and its permissions", sys.stderr)
+        return EXIT_ERROR
 
 
 def exit_code_for_torchrun(exit_code: int) -> int:

@@ -97,3 +97,11 @@ def test_names_and_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
         assert run_entry(lambda text=text: print(text) or 0) == 0
         assert written.getvalue() == shown
+
+
+def test_a_path_that_cannot_be_asked_about_is_named(capsys):
+    assert run_entry(lambda: Path("x" * 300).is_dir()) == EXIT_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith("xxx") and "File name too long. Check the path" in error
+    with pytest.raises(OSError, match="of no file"):
+        run_entry(lambda: (_ for _ in ()).throw(OSError(errno.EIO, "of no file")))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.checksums import SUMS_FILE
 
 
 @contextlib.contextmanager
@@ -19,7 +20,10 @@ def output_folder(save: Path) -> Iterator[Path]:
         CheckpointError: `save` holds something, or another process has written it meanwhile, or
             the disk is full.
     """
-    _check_is_free(save)
+    try:
+        _check_is_free(save)
+    except OSError as error:
+        raise CheckpointError(f"--save {save}: cannot be written: {error.strerror}") from error
     # Processes on other hosts, and the one that was killed here before, may have the same number.
     temporary = save.with_name(f".{save.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -34,6 +38,8 @@ def output_folder(save: Path) -> Iterator[Path]:
 
 
 def _check_is_free(save: Path) -> None:
+    if save.name in ("", ".."):
+        raise CheckpointError(f"--save {save}: is no name of a folder. Name a new one")
     if save.is_symlink():
         raise CheckpointError(
             f"--save {save}: is a symbolic link, which a folder cannot replace. Name a new folder"
@@ -42,6 +48,12 @@ def _check_is_free(save: Path) -> None:
         raise CheckpointError(
             f"--save {save}: is there already, and is not empty. Name a new folder, or remove it"
         )
+    for parent in save.resolve().parents:
+        if (parent / SUMS_FILE).is_file():
+            raise CheckpointError(
+                f"--save {save}: lies in the checkpoint {parent}, which would then have a file "
+                "that is not its own. Name a folder elsewhere"
+            )
 
 
 def _rename(temporary: Path, save: Path) -> None:

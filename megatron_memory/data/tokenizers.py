@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.reading.panics import panics_as_errors
+from megatron_memory.reading.pickles import shown
 from megatron_memory.reading.tokenizer_files import check_tokenizer_files
 from megatron_memory.reading.tokenizer_vocabularies import (
     check_sentencepiece_file,
@@ -31,6 +32,7 @@ _LIBRARIES = {
 }
 TOKENIZER_TYPES = tuple(_LIBRARIES)
 _WITHOUT_FILES = ("byte-level", "null")
+_MOST_IDS = 2**31
 
 _NUM_BYTES = 256
 _BYTE_LEVEL_OPTIONS = {
@@ -126,6 +128,11 @@ def check_tokenizer_flags(
     library = _LIBRARIES[tokenizer_type]
     if library == "null" and vocab_size is None:
         raise ConfigurationError("--tokenizer-type NullTokenizer needs --vocab-size")
+    if library == "null" and vocab_size is not None and not 0 < vocab_size < _MOST_IDS:
+        raise ConfigurationError(
+            f"--vocab-size {shown(vocab_size)}: must be above 0 and below {_MOST_IDS}, the "
+            "ids that a file of tokens can hold"
+        )
     if library in _WITHOUT_FILES:
         return library
     if not tokenizer_model:
