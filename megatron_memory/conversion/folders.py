@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training.checkpoint.checksums import SUMS_FILE
@@ -32,9 +33,21 @@ def output_folder(save: Path) -> Iterator[Path]:
         _sync(temporary)
         _rename(temporary, save)
     except OSError as error:
+        if _is_elsewhere(error.filename, temporary, save):
+            raise CheckpointError(
+                f"{error.filename!s:.200}: {error.strerror}. Check the path, its owner and its "
+                "permissions"
+            ) from error
         raise CheckpointError(f"--save {save}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_elsewhere(name: Any, *places: Path) -> bool:
+    """Whether an error is known to be of a file that is none of the output's."""
+    return isinstance(name, str) and not any(
+        Path(name).is_relative_to(place) or Path(place).is_relative_to(name) for place in places
+    )
 
 
 def _check_is_free(save: Path) -> None:

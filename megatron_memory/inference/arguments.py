@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_memory.config.command import parse_command
 from megatron_memory.exceptions import ConfigurationError
@@ -27,6 +26,9 @@ class Request:
     """Prompts"""
     sampling: Sampling
     """Choice of tokens"""
+
+
+_LARGEST_FILE = 64 << 20
 
 
 def parse_request(argv: Sequence[str]) -> Request:
@@ -56,7 +58,14 @@ def read_prompts(prompts: Prompts) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text("utf-8").split("\n")
+        # It may be a pipe, as of a shell's <(...).
+        with open(path, "rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ConfigurationError(
+                f"--prompts-file {path} has more than {_LARGEST_FILE} bytes. Give fewer prompts."
+            )
+        lines = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except OSError as error:
         raise ConfigurationError(
             f"--prompts-file {path} cannot be read: {error.strerror}. Check the path."

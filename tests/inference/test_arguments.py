@@ -114,3 +114,8 @@ def test_missing_prompts(tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(ConfigurationError, match="--prompt is missing"):
         read_prompts(Prompts(prompts_file=str(tmp_path / "empty")))
+
+
+def test_a_file_without_end_is_no_file_of_prompts():
+    with pytest.raises(ConfigurationError, match="--prompts-file /dev/zero has more than"):
+        read_prompts(Prompts(prompts_file="/dev/zero"))

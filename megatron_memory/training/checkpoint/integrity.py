@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.reading.documents import read_json
+from megatron_memory.reading.documents import open_regular, read_json
 from megatron_memory.reading.pickles import UnsafeFile
 from megatron_memory.reading.torch_files import check_torch_stream
 from megatron_memory.training.checkpoint.coverage import check_coverage
@@ -82,7 +82,7 @@ def _check_format(path: Path) -> None:
 
 def _check_common(path: Path) -> None:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             check_torch_stream(stream, verify=True)
     except (UnsafeFile, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
