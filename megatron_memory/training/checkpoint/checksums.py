@@ -171,7 +171,9 @@ def read_sums(folder: Path, common: Mapping[str, Any]) -> Sums | None:
         if path.stat().st_size > _LARGEST_SUMS_FILE:
             raise CheckpointError(f"{path} is damaged: {path.stat().st_size} bytes")
         sums = decode(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     problems = _count(folder, sums)
     if problems:

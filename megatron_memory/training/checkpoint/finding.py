@@ -142,7 +142,9 @@ def read_common(folder: Path) -> dict[str, Any]:
     try:
         common = load_torch_file(path)
         check_plain_values(common, folders.iteration_of(folder))
-    except (UnsafeFile, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnsafeFile as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return common
 

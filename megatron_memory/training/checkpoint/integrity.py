@@ -84,7 +84,9 @@ def _check_common(path: Path) -> None:
     try:
         with open_regular(path) as stream:
             check_torch_stream(stream, verify=True)
-    except (UnsafeFile, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnsafeFile as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
 
 
