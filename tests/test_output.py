@@ -87,10 +87,10 @@ def test_curves_on_a_disk_that_is_full_end_and_nothing_else(tmp_path: Path):
         Curves(str(tmp_path / "a file" / "curves"), first_iteration=1, is_writer=True)
 
 
-def test_names_and_characters_that_the_terminal_lacks_are_escaped(monkeypatch):
+def test_names_that_are_no_text_and_characters_that_the_terminal_lacks(monkeypatch):
     for encoding, text, shown in (
-        ("utf-8", "caf\udce9", b"caf\\udce9\n"),
-        ("ascii", "\u4e2d", b"\\u4e2d\n"),
+        ("utf-8", "caf\udce9", b"caf\xe9\n"),
+        ("ascii", "\u4e2d\ud800", b"\\u4e2d\\ud800\n"),
         ("utf-8", "\u4e2d", b"\xe4\xb8\xad\n"),
     ):
         written = io.BytesIO()
