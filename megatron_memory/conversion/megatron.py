@@ -20,6 +20,7 @@ from megatron_memory.config.pools import with_share_groups
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.dcp_files import StoredTensors, write_dcp
 from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.conversion.links import check_checkpoint_links
 from megatron_memory.conversion.options import Target
 from megatron_memory.conversion.own_tokenizer import count_ids
 from megatron_memory.conversion.saved_state import SavedState, Tensors
@@ -78,6 +79,7 @@ def read_megatron(load: Path, *, with_sums: bool = True) -> SavedState:
             f"--load {load}: holds no checkpoint of this program. Check the path; of another "
             "program's, tools/convert_checkpoint.py --from hf or lingua makes one"
         )
+    check_checkpoint_links(load, folder)
     metadata = check_whole(folder)
     common = read_common(folder)
     notes: tuple[str, ...] = ()

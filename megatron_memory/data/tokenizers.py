@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.reading.panics import panics_as_errors
+from megatron_memory.reading.pickles import shown
 from megatron_memory.reading.tokenizer_files import check_tokenizer_files
+from megatron_memory.reading.tokenizer_vocabularies import (
+    check_sentencepiece_file,
+    check_tiktoken_file,
+)
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
@@ -27,6 +32,7 @@ _LIBRARIES = {
 }
 TOKENIZER_TYPES = tuple(_LIBRARIES)
 _WITHOUT_FILES = ("byte-level", "null")
+_MOST_IDS = 2**31
 
 _NUM_BYTES = 256
 _BYTE_LEVEL_OPTIONS = {
@@ -78,6 +84,10 @@ def build_tokenizer(
     try:
         if library == "huggingface":
             check_tokenizer_files(str(tokenizer_model))
+        elif library == "sentencepiece":
+            check_sentencepiece_file(str(tokenizer_model))
+        elif library == "tiktoken":
+            check_tiktoken_file(str(tokenizer_model), vocab_size)
         with panics_as_errors():
             return MegatronTokenizer.from_pretrained(
                 tokenizer_path=None if library in _WITHOUT_FILES else tokenizer_model,
@@ -118,6 +128,11 @@ def check_tokenizer_flags(
     library = _LIBRARIES[tokenizer_type]
     if library == "null" and vocab_size is None:
         raise ConfigurationError("--tokenizer-type NullTokenizer needs --vocab-size")
+    if library == "null" and vocab_size is not None and not 0 < vocab_size < _MOST_IDS:
+        raise ConfigurationError(
+            f"--vocab-size {shown(vocab_size)}: must be above 0 and below {_MOST_IDS}, the "
+            "ids that a file of tokens can hold"
+        )
     if library in _WITHOUT_FILES:
         return library
     if not tokenizer_model:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from megatron_memory.config.command import parse_command
 from megatron_memory.exceptions import ConfigurationError
 from megatron_memory.inference.options import ModelSource, Prompts, Sampling
-from megatron_memory.reading.documents import read_bounded
-from megatron_memory.reading.pickles import UnsafeFile
 
 _USAGE = "python -m megatron_memory.generate --load DIR --prompt TEXT [--flags]"
 _EPILOG = """\
@@ -60,12 +58,15 @@ def read_prompts(prompts: Prompts) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
+        # It may be a pipe, as of a shell's <(...).
+        with open(path, "rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ConfigurationError(
+                f"--prompts-file {path} has more than {_LARGEST_FILE} bytes. Give fewer prompts."
+            )
         # Editors of Windows put a mark before a text, which a tokenizer would take for a word.
-        text = read_bounded(path, _LARGEST_FILE).decode("utf-8-sig")
-    except UnsafeFile as error:
-        raise ConfigurationError(
-            f"--prompts-file {path} cannot be read: {error}. Give a text file of one prompt a line."
-        ) from error
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigurationError(
             f"--prompts-file {path} cannot be read: {error.strerror}. Check the path."

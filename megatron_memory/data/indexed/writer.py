@@ -202,15 +202,18 @@ def _partial_documents(prefix: str) -> str:
 
 
 def _open_at(path: str, size: int) -> BinaryIO:
-    """A file to append to, cut to `size` bytes."""
-    stream = open(path, "r+b" if size else "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
-    found = os.fstat(stream.fileno()).st_size
+    """A file to append to, cut to `size` bytes.
+
+    Raises:
+        DataError: it has fewer, or is missing.
+    """
+    found = os.path.getsize(path) if size and os.path.exists(path) else 0
     if found < size:
-        stream.close()
         raise DataError(
-            f"{path}: {found} bytes, where the interrupted run had written {size}. Remove it and "
-            "start over without --resume"
+            f"{path}: {found} bytes, where the interrupted run had written {size}. Remove the "
+            "output's .journal and start over without --resume"
         )
+    stream = open(path, "r+b" if size else "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
     stream.truncate(size)
     stream.seek(size)
     return stream

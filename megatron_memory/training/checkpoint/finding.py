@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def locate(load: Path) -> Path | None:
     Raises:
         CheckpointError: the tracker is damaged.
     """
+    # Unlike Path.is_dir these do not raise on a name that is too long, or on one within a file.
+    if os.path.lexists(load) and not os.path.isdir(load):
+        raise CheckpointError(f"--load {load}: is no folder. Give the one that a run saved to")
     if folders.iteration_of(load) is not None:
         return load
     iteration = folders.read_tracker(load)
@@ -138,7 +142,9 @@ def read_common(folder: Path) -> dict[str, Any]:
     try:
         common = load_torch_file(path)
         check_plain_values(common, folders.iteration_of(folder))
-    except (UnsafeFile, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnsafeFile as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return common
 

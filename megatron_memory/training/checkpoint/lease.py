@@ -126,7 +126,8 @@ class Lease:
     def _require_dead(self, owner: Owner | None, beat: float, say: Callable[[str], None]) -> None:
         here = self.owner
         if owner is not None and owner.machine == here.machine:
-            alive = owner.pid != here.pid and started(owner.pid) == owner.started
+            now = started(owner.pid)
+            alive = owner.pid != here.pid and now != "" and now == owner.started
         else:
             alive = self._hear(owner, beat, say)
         if alive:
@@ -181,11 +182,12 @@ def _this_process() -> Owner:
 def _read(path: Path) -> tuple[Owner | None, float] | None:
     """The owner, None where the file does not say, and the last heartbeat; None: no file."""
     try:
-        # Opened first: a network file system then asks its server for the time, too.
-        with open(path, "rb") as file:
+        # Opened first: a network file system then asks its server for the time, too. Waits for no
+        # pipe that somebody put there.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             beat, content = os.fstat(file.fileno()).st_mtime, file.read(10_000)
     except FileNotFoundError:
-        return None
+        return (None, os.lstat(path).st_mtime) if path.is_symlink() else None
     try:
         owner = Owner(**json.loads(content))
         valid = all(isinstance(v, str) for k, v in vars(owner).items() if k != "pid")

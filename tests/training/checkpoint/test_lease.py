@@ -53,7 +53,7 @@ def test_dead_process_and_a_number_used_again(tmp_path: Path, process):
     deadline = time.monotonic() + 10
     while processes.started(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    for pid, started in (living, (os.getppid(), "1"), (2**22 + 5, "1")):
+    for pid, started in (living, (os.getppid(), "1"), (2**22 + 5, "1"), (2**22 + 5, "")):
         _hold(tmp_path, pid=pid, started=started)
         ours = Lease(tmp_path)
         ours.require()
@@ -160,3 +160,13 @@ def test_of_many_that_find_a_dead_run_one_wins(tmp_path: Path):
             starter.kill()
             starter.communicate()
     assert answers == ["lost", "lost", "lost", "won"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("nowhere", path)])
+def test_a_pipe_or_a_link_to_nowhere_is_a_file_that_is_silent(make, tmp_path: Path):
+    """It is not waited for without end."""
+    make(tmp_path / LEASE_FILE)
+    ours = Lease(tmp_path)
+    ours.require()
+    ours.release()
+    assert list(tmp_path.iterdir()) == []
