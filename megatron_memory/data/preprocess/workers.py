@@ -159,7 +159,8 @@ def _work(
     while True:
         try:
             number, item = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            # The parent has ended. A socket that it left with an answer in it says "reset".
             return
         try:
             answer = (number, "result", function(item))
@@ -169,5 +170,5 @@ def _work(
             answer = (number, "failure", traceback.format_exc())
         try:
             connection.send(answer)
-        except BrokenPipeError:
+        except OSError:
             return
