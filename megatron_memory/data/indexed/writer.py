@@ -164,9 +164,10 @@ def remove_partial(prefix: str) -> None:
 def write_error(names: str, error: OSError) -> DataError:
     """What to say of an output that cannot be written."""
     if error.errno in _DISK_FULL:
+        room = "Raise ulimit -f" if error.errno == errno.EFBIG else "Make room there"
         return DataError(
             f"{names}: cannot be written: {error.strerror}. Nothing that was there is changed. "
-            "Make room there, or write the output elsewhere"
+            f"{room}, or write the output elsewhere"
         )
     return DataError(f"{names}: cannot be written ({error})")
 

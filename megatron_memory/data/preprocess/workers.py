@@ -51,8 +51,18 @@ class _Pool:
     def __init__(self, function: Callable, num_workers: int) -> None:
         # Forked workers inherit what is imported and loaded, which costs seconds, and a function
         # need not be picklable.
-        context: Any = multiprocessing.get_context("fork")
         self.processes: dict[Connection, Any] = {}
+        try:
+            self._start(function, num_workers)
+        except OSError as error:
+            self.close()
+            raise WorkerError(
+                f"--workers {num_workers}: they cannot be started ({error}). Use fewer, or raise "
+                "the limit (ulimit -n: open files, -u: processes, -v: memory)"
+            ) from error
+
+    def _start(self, function: Callable, num_workers: int) -> None:
+        context: Any = multiprocessing.get_context("fork")
         for number in range(num_workers):
             ours, theirs = context.Pipe()
             inherited = (*self.processes, ours)

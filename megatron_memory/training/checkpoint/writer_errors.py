@@ -34,6 +34,7 @@ _MEANINGS = {
     errno.EPERM: "Writing is not permitted there: give this user the permission",
     errno.EFBIG: "Files may not be that large there: raise ulimit -f, or use another file system",
     errno.EIO: "The disk, or the network to it, fails: look at the kernel's log",
+    errno.ENOENT: "The folder is gone: has another program, or somebody, deleted it?",
     errno.ESTALE: "The network file system has lost the folder: mount it again",
 }
 _NOT_OF_DISK = (
