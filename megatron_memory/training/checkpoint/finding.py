@@ -226,6 +226,13 @@ def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
             raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
         notify(f"no checkpoint in {load}: starting from random weights")
         return None
+    if found.folder != load:
+        newest = ask_first_rank(lambda: max(folders.saved_iterations(load), default=0))
+        if newest > (folders.iteration_of(found.folder) or 0):
+            notify(
+                f"{load / folders.TRACKER} names {found.folder.name}, though iteration {newest} is "
+                f"there as well: --load {folders.published_folder(load, newest)} takes that one"
+            )
     check_load_is_alike(found.folder)
     if not checkpoint.finetune:
         _require_ours(found, with_optimizer=not checkpoint.no_load_optim)

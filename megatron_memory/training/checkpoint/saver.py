@@ -76,7 +76,12 @@ class CheckpointSaver:
         decides."""
         writer_errors.install()
         start_writer_queue()
-        ask_first_rank(lambda: save_config(self._config, self._root / folders.CONFIG_FILE))
+        ask_first_rank(self._begin)
+
+    def _begin(self) -> None:
+        save_config(self._config, self._root / folders.CONFIG_FILE)
+        if self._lease is not None:
+            self._lease.remember()
 
     def save(self, position: Position, more: Mapping[str, Any] | None = None) -> Path | None:
         """Write a checkpoint; with `--async-save` it is complete only after a later `poll`.
@@ -253,6 +258,11 @@ class CheckpointSaver:
         if self._has_sums:
             join_sums(folder, self._setup.config.checkpoint.checksums)
         folders.publish(self._root, iteration, self._run)
+        # Where the whole folder was deleted, this is gone, too.
+        if not (self._root / folders.CONFIG_FILE).exists():
+            save_config(self._config, self._root / folders.CONFIG_FILE)
+        if self._lease is not None:
+            self._lease.remember()
 
     def _prune(self, iteration: int, keep_last: int) -> None:
         try:

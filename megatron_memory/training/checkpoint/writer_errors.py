@@ -2,13 +2,14 @@
 
 megatron-core 0.16 hands other ranks the errors of the processes that write tensors, though not
 their causes: of a full disk torch's writer says "unexpected pos". Errors of what rank 0 alone
-writes (`common.pt`, `.metadata`, `metadata.json`) it raises there, while the other ranks wait. Here
+does (it lists the folder, and writes `common.pt`, `.metadata` and `metadata.json`) it raises there,
+while the other ranks wait. Here
 the former keep their cause, and the latter are kept until all ranks ask for them.
 """
 
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _MEANINGS = {
     errno.EPERM: "Writing is not permitted there: give this user the permission",
     errno.EFBIG: "Files may not be that large there: raise ulimit -f, or use another file system",
     errno.EIO: "The disk, or the network to it, fails: look at the kernel's log",
+    errno.ENOENT: "The folder is gone: has another program, or somebody, deleted it?",
     errno.ESTALE: "The network file system has lost the folder: mount it again",
 }
 _NOT_OF_DISK = (
@@ -51,6 +53,7 @@ def install() -> None:
         FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
         FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_in_processes)
         TorchCommonSaveStrategy.save_common = _save_common
+        serialization.Path = _ListedPath  # type: ignore[attr-defined]
     for owner, name in (
         (FileSystemWriterAsync, "finish"),
         (TorchCommonSaveStrategy, "save_common"),
@@ -93,6 +96,16 @@ def _save_common(
     if dist.get_rank() == 0:
         with open(Path(checkpoint_dir) / COMMON_STATE_FNAME, "wb") as file:
             torch.save(common_state_dict, file)
+
+
+class _ListedPath(type(Path())):  # type: ignore[misc]
+    """What megatron-core lists on rank 0 before it writes: a folder that may be gone by then."""
+
+    def iterdir(self) -> Iterator[Path]:
+        try:
+            yield from super().iterdir()
+        except OSError as error:
+            _kept.append(error)
 
 
 def _kept_for_later(function: Callable[..., Any]) -> Callable[..., Any]:

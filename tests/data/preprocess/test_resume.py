@@ -198,6 +198,31 @@ def test_resume_without_an_interrupted_run_begins(tmp_path, capsys):
     assert (tmp_path / f"{PAIR}.bin").stat().st_mtime_ns > before
 
 
+def test_lines_that_were_skipped_are_not_missed_by_other_flags(
+    tmp_path, monkeypatch, often, capsys
+):
+    source = tmp_path / "in" / "docs.jsonl"
+    source.parent.mkdir()
+    lines = sorted(DOCS.read_bytes().splitlines(keepends=True), key=len, reverse=True)
+    source.write_bytes(b"".join(lines))
+    skip = ("--on-error", "skip", "--max-document-bytes", str(len(lines[1])))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 20, KeyboardInterrupt())
+        assert run(tmp_path, *skip, inputs=[source]) == 1
+    assert run(tmp_path, "--resume", inputs=[source]) == 1
+    message = capsys.readouterr().err
+    assert "has skipped 1 bad lines, and --on-error is stop now" in message
+    assert run(tmp_path, "--resume", *skip, inputs=[source]) == 0
+    assert run(tmp_path, "--resume", *skip, inputs=[source]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    # A complete output that lacks a line is none for flags that would have it.
+    assert run(tmp_path, "--resume", "--on-error", "skip", inputs=[source]) == 0
+    assert run(tmp_path / "again", inputs=[source]) == 0
+    for suffix in ("bin", "idx", "json"):
+        (one, other) = (folder / f"{PAIR}.{suffix}" for folder in (tmp_path, tmp_path / "again"))
+        assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize("renamed", [0, 1, 2])
 def test_killed_between_two_renames(tmp_path, monkeypatch, often, renamed):
     replace, left = os.replace, [renamed]

@@ -83,7 +83,7 @@ def test_keep_last_and_the_saved_configuration(dataset: str, tmp_path: Path):
 CRASHES = {
     "while files are written": (FileSystemWriterAsync, "retrieve_write_results"),
     "before the checkpoint has its name": (folders, "publish"),
-    "before the tracker moves": (folders, "write_tracker"),
+    "before the tracker moves": (folders, "_put_tracker"),
     "while old ones are deleted": (folders.shutil, "rmtree"),
 }
 
@@ -110,11 +110,14 @@ def test_crash_while_saving_leaves_a_checkpoint_to_go_on_from(
         run_ranks(_crash_at, 1, config, moment)
     left = folders.read_tracker(tmp_path / "save")
     assert left == (4 if moment == "while old ones are deleted" else 2)
+    # It has its name, so that it is complete.
+    newest = 4 if moment == "before the tracker moves" else left
     resumed, whole = run_ranks(
         runs, 1, [change(config, "checkpoint", load=str(tmp_path / "save")), _unsaved(config)]
     )[0]
-    assert resumed.losses == whole.losses[left:]
+    assert resumed.losses == whole.losses[newest:]
     assert folders.saved_iterations(tmp_path / "save") == [6]
+    assert not (tmp_path / "save" / "earlier-1").exists()
 
 
 def _unsaved(config: Config) -> Config:
