@@ -183,6 +183,7 @@ class CheckpointSaver:
             self._strategy,
             async_sharded_save=True,
             content_metadata=state.content_metadata(self._setup.config),
+            preprocess_common_before_consistancy_check=_without_empty,
         )
         self._first_rank_writes(writer_errors.raise_kept)
         if self._has_sums:
@@ -273,6 +274,13 @@ class CheckpointSaver:
             )
         except _NotWritten as error:
             self._say(f"--keep-last {keep_last}: an old checkpoint could not be deleted: {error}")
+
+
+def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
+    """What megatron-core compares between ranks: pipeline ranks with and without memory layers
+    differ in places where either has nothing."""
+    kept = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {name: value for name, value in kept.items() if value != {}}
 
 
 def _strategy() -> SaveShardedStrategy:

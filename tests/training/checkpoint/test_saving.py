@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron_memory.config import Config, load_config
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training import trainer
-from megatron_memory.training.checkpoint import folders, rng_state
+from megatron_memory.training.checkpoint import folders, rng_state, saver
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import Run, change, run, runs, tiny_config
 
@@ -316,3 +316,9 @@ def _count_saves(config: Config) -> list[int]:
     trainer.CheckpointSaver.save = save
     run(config)
     return saves
+
+
+def test_ranks_with_nothing_in_a_place_are_like_those_without_it():
+    """Else megatron-core warns of every save of a pipeline with a memory."""
+    common = {"iteration": 2, "usage": {}, "optimizer": {0: {"groups": [{}]}, 1: {"state": {}}}}
+    assert saver._without_empty(common) == {"iteration": 2, "optimizer": {0: {"groups": [{}]}}}
