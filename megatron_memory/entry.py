@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from megatron_memory.exceptions import USER_ERRORS, SaveError
-from megatron_memory.output import let_go_of_output, try_print
+from megatron_memory.output import accept_any_text, let_go_of_output, try_print
 
 EXIT_ERROR = 2
 EXIT_NOT_SAVED = 3
@@ -21,6 +21,7 @@ def run_entry(run: Callable[[], int]) -> int:
     The ranks meet the same error, and torchrun ends all after the first: the message of a node's
     first rank comes first there, and is usually the only one.
     """
+    accept_any_text()
     try:
         return _run_entry(run)
     finally:
@@ -42,6 +43,13 @@ def _run_entry(run: Callable[[], int]) -> int:
         prefix = "" if rank == 0 else f"rank {rank}: "
         try_print(f"{prefix}{type(error).__name__}: {error}", sys.stderr)
         return EXIT_NOT_SAVED if isinstance(error, SaveError) else EXIT_ERROR
+    except OSError as error:
+        # What is read is looked for before it is opened, and asking may fail as well.
+        if error.filename is None:
+            raise
+        reason = f"{os.fspath(error.filename)!s:.200}: {error.strerror}"
+        try_print(f"{reason}. Check the path, its owner and its permissions", sys.stderr)
+        return EXIT_ERROR
 
 
 def exit_code_for_torchrun(exit_code: int) -> int:

@@ -1,5 +1,6 @@
 """Files that are damaged, or made to harm: changes to sound ones, and whole ones made by hand."""
 
+import copy
 import io
 import json
 import pickle
@@ -7,6 +8,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -45,6 +47,57 @@ def mutated(content: bytes, choose: random.Random, head: int | None = None) -> b
         if not data:
             break
     return bytes(data if choose.random() < 0.9 else data[: choose.randrange(len(data) + 1)])
+
+
+_VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    10**30,
+    2**31,
+    2**63,
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    ["x"],
+    0.5,
+)
+
+
+def mutated_json(content: bytes, choose: random.Random) -> bytes:
+    """A JSON text with a few values replaced, left out, repeated or exchanged."""
+    document = [json.loads(content)]
+    for _ in range(choose.choice((1, 1, 2, 4))):
+        holder, key = _place(document, choose)
+        kind = choose.randrange(5)
+        if kind == 0 and holder is not document:
+            del holder[key]
+        elif kind == 1:
+            other_holder, other_key = _place(document, choose)
+            holder[key] = copy.deepcopy(other_holder[other_key])
+        elif kind == 2 and isinstance(holder, list) and holder is not document:
+            holder.insert(key, copy.deepcopy(holder[key]))
+        elif kind == 3 and isinstance(holder, dict):
+            holder[choose.choice(("x", "", key + " "))] = holder.pop(key)
+        else:
+            holder[key] = copy.deepcopy(choose.choice(_VALUES))
+    return json.dumps(document[0]).encode()
+
+
+def _place(document: list, choose: random.Random) -> tuple[Any, Any]:
+    """A list or dict and a place in it; those further out are as likely as all within them."""
+    holder: Any = document
+    while True:
+        key = choose.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+        inner = holder[key]
+        if not isinstance(inner, dict | list) or not inner or choose.random() < 0.1:
+            return holder, key
+        holder = inner
 
 
 def _framed(*operations: bytes) -> bytes:

@@ -85,3 +85,23 @@ def test_curves_on_a_disk_that_is_full_end_and_nothing_else(tmp_path: Path):
     (tmp_path / "a file").touch()
     with pytest.raises(ConfigurationError, match="--tensorboard-dir .* cannot be written to"):
         Curves(str(tmp_path / "a file" / "curves"), first_iteration=1, is_writer=True)
+
+
+def test_names_that_are_no_text_and_characters_that_the_terminal_lacks(monkeypatch):
+    for encoding, text, shown in (
+        ("utf-8", "caf\udce9", b"caf\xe9\n"),
+        ("ascii", "\u4e2d\ud800", b"\\u4e2d\\ud800\n"),
+        ("utf-8", "\u4e2d", b"\xe4\xb8\xad\n"),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        assert run_entry(lambda text=text: print(text) or 0) == 0
+        assert written.getvalue() == shown
+
+
+def test_a_path_that_cannot_be_asked_about_is_named(capsys):
+    assert run_entry(lambda: Path("x" * 300).is_dir()) == EXIT_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith("xxx") and "File name too long. Check the path" in error
+    with pytest.raises(OSError, match="of no file"):
+        run_entry(lambda: (_ for _ in ()).throw(OSError(errno.EIO, "of no file")))

@@ -29,12 +29,14 @@ from megatron_memory.data.preprocess.tokenizer import (  # noqa: E402
     load_text_tokenizer,
 )
 from megatron_memory.exceptions import USER_ERRORS, ConfigurationError  # noqa: E402
+from megatron_memory.output import accept_any_text  # noqa: E402
 
 _NUM_IDS_SHOWN = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    accept_any_text()
     args = _parser().parse_args(argv)
     try:
         args.command(args)
@@ -54,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = _command(commands, "inspect", _inspect, "what a pair holds, and a sample of its text")
     command.add_argument("pairs", nargs="+", help="pairs")
-    command.add_argument("--documents", type=int, default=2, help="documents to show")
-    command.add_argument("--first", type=int, default=0, help="number of the first one shown")
+    command.add_argument("--documents", type=_count, default=2, help="documents to show")
+    command.add_argument("--first", type=_count, default=0, help="number of the first one shown")
     _add_tokenizer_flags(command)
     command = _command(commands, "verify", _verify, "read everything: offsets, ids, manifest")
     command.add_argument("pairs", nargs="+", help="pairs")
@@ -76,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     how = command.add_mutually_exclusive_group(required=True)
     how.add_argument("--shares", help="of the documents, one for each output, such as 0.99,0.01")
     how.add_argument(
-        "--documents", type=int, help="so many to the first output, the others to the second"
+        "--documents", type=_count, help="so many to the first output, the others to the second"
     )
     command = _command(commands, "stats", _stats, "lengths of documents, and which tokens occur")
     command.add_argument("pairs", nargs="+", help="pairs")
-    command.add_argument("--top", type=int, default=10, help="most frequent tokens to show")
+    command.add_argument("--top", type=_count, default=10, help="most frequent tokens to show")
     _add_tokenizer_flags(command)
     return parser
 
@@ -97,9 +99,28 @@ def _add_tokenizer_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokenizer-type", help="as for tools/preprocess_data.py")
     command.add_argument("--tokenizer-model", help="as for tools/preprocess_data.py")
     command.add_argument(
-        "--vocab-size", type=int, help="ids must be below it; default: tokenizer's"
+        "--vocab-size", type=_size, help="ids must be below it; default: tokenizer's"
     )
     command.set_defaults(tokenizer_hf_include_special_tokens=False)
+
+
+def _count(text: str, least: int = 0) -> int:
+    """A number of things.
+
+    Raises:
+        ArgumentTypeError: it is none, or out of range; argparse names the flag.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not least <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: must be a whole number, at least {least}")
+    return number
+
+
+def _size(text: str) -> int:
+    return _count(text, 1)
 
 
 def _tokenizer(args: argparse.Namespace) -> TextTokenizer | None:
@@ -113,7 +134,14 @@ def _tokenizer(args: argparse.Namespace) -> TextTokenizer | None:
 def _prefix(name: str) -> str:
     for suffix in (".bin", ".idx"):
         if name.endswith(suffix):
-            return name.removesuffix(suffix)
+            name = name.removesuffix(suffix)
+            break
+    # A file of its own name would be hidden, or lie where nobody looks for it.
+    if os.path.basename(name) in ("", ".", ".."):
+        raise ConfigurationError(
+            f"{name!r}: is no name of a pair. Give the path that its .bin and .idx share, without "
+            "their suffix"
+        )
     return name
 
 
@@ -143,6 +171,10 @@ def _inspect(args: argparse.Namespace) -> None:
             print("  no manifest: where it comes from is not known")
         else:
             _print_manifest(manifest, tokenizer)
+        if args.first >= pair.num_documents:
+            raise ConfigurationError(
+                f"--first {args.first}: {prefix} has documents 0 to {pair.num_documents - 1}"
+            )
         for number in range(args.first, min(args.first + args.documents, pair.num_documents)):
             ids = contents.document(pair, number).tolist()
             shown = ", ".join(map(str, ids[:_NUM_IDS_SHOWN]))

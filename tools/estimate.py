@@ -11,6 +11,7 @@ the CPU allocate and send (tests/planning), times are lower bounds from data she
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_memory.planning.report import (  # noqa: E402
 from megatron_memory.planning.roofline import Cluster  # noqa: E402
 from megatron_memory.planning.search import best_plans, padded_size  # noqa: E402
 
+_EFFICIENCIES = ("matrix", "memory", "link")
 _GPU_OPTIONS = {
     "memory": ("GB", 1e9),
     "bandwidth": ("TB/s of its memory", 1e12),
@@ -100,6 +102,15 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         if getattr(options, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ConfigurationError(f"{flag} {getattr(options, name)}: give 1 or more.")
+    figures_given = {f"--gpu-{name}": getattr(options, f"gpu_{name}") for name in _GPU_OPTIONS}
+    for flag, value in figures_given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigurationError(f"{flag} {value}: give a number above 0.")
+    for name in _EFFICIENCIES:
+        if not 0 < (value := getattr(options, f"{name}_efficiency")) <= 1:
+            raise ConfigurationError(
+                f"--{name}-efficiency {value}: give a part, above 0 and at most 1."
+            )
     fields = {"tflops": "bf16_flops"}
     changes = {
         fields.get(name, name): getattr(options, f"gpu_{name}") * unit
@@ -127,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
     for name, (unit, _) in _GPU_OPTIONS.items():
         parser.add_argument(f"--gpu-{name}", type=float, help=f"{unit}, instead of --gpu's")
-    for name in ("matrix", "memory", "link"):
+    for name in _EFFICIENCIES:
         field = f"{name}_efficiency"
         default = Cluster.__dataclass_fields__[field].default
         parser.add_argument(

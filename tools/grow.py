@@ -56,10 +56,19 @@ def _run(argv: list[str]) -> int:
     prepare_megatron("cpu")
     from megatron_memory.conversion.growth.command import run_add_memory, run_grow
 
-    if isinstance(command, AddMemory):
-        run_add_memory(command, _say)
-    else:
-        run_grow(command, _say)
+    try:
+        if isinstance(command, AddMemory):
+            run_add_memory(command, _say)
+        else:
+            run_grow(command, _say)
+    except RuntimeError as error:
+        # So torch says it.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise ConfigurationError(
+            "a tensor of the larger model, or of its comparison, does not fit into this machine's "
+            "memory: lower the sizes that the flags give, or --probe-sequences."
+        ) from error
     return 0
 
 

@@ -16,6 +16,7 @@ from megatron_memory.data.preprocess.options import PreprocessOptions
 from megatron_memory.data.preprocess.pipeline import preprocess
 from megatron_memory.data.preprocess.workers import WorkerError
 from megatron_memory.exceptions import ConfigurationError, DataError
+from megatron_memory.output import accept_any_text
 
 _USAGE = "python tools/preprocess_data.py --input FILE --output-prefix PATH --tokenizer-type NAME"
 _OF_A_FOLDER = (
@@ -51,6 +52,7 @@ class _Request:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    accept_any_text()
     try:
         prefixes = preprocess(parse_options(sys.argv[1:] if argv is None else argv))
     except (ConfigurationError, DataError, WorkerError, OSError) as error:

@@ -44,6 +44,11 @@ def _placement_problems(config: Config) -> Iterator[str]:
 def _shape_problems(config: Config) -> Iterator[str]:
     memory = config.memory
     yield from _column_problems(config)
+    if memory.key_dim < 2:
+        yield (
+            f"--memory-key-dim {memory.key_dim}, half of --memory-value-dim {memory.value_dim} "
+            "without the flag: must be at least 2."
+        )
     if memory.key_dim % 2:
         yield (
             f"--memory-key-dim {memory.key_dim} is odd: a key has two halves. "

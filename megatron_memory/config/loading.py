@@ -85,10 +85,10 @@ def _problem_with_field(config: Config, flag: Flag) -> str | None:
     try:
         converted = convert(flag.value_type, flag.accepts_none, value)
     except WrongValue as wrong:
-        return f"{flag.spelled} is {value!r}, but expects {wrong}."
+        return f"{flag.spelled} is {value!r:.80}, but expects {wrong}."
     # Text that means a number is for users to write, not for a value to be.
     if converted != value or isinstance(converted, str) != isinstance(value, str):
-        return f"{flag.spelled} is {value!r}, but expects {flag.value_type.expected}."
+        return f"{flag.spelled} is {value!r:.80}, but expects {flag.value_type.expected}."
     return problem_with(flag.spelled, converted, flag.value_type, flag.option)
 
 

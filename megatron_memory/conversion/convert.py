@@ -9,15 +9,19 @@ import torch
 
 from megatron_memory.conversion.folders import output_folder
 from megatron_memory.conversion.hf import read_hf, write_hf
-from megatron_memory.conversion.lingua import read_lingua, write_lingua
-from megatron_memory.conversion.megatron import Layout, read_megatron, write_megatron
+from megatron_memory.conversion.lingua import locate_lingua, read_lingua, write_lingua
+from megatron_memory.conversion.lingua_params import not_in_lingua
+from megatron_memory.conversion.megatron import layout_of, read_megatron, write_megatron
 from megatron_memory.conversion.options import Checking, Conversion, Format, Target
 from megatron_memory.conversion.own_tokenizer import check_is_the_trainings
 from megatron_memory.conversion.progress import shown
 from megatron_memory.conversion.saved_state import SavedState
+from megatron_memory.conversion.unchanged import Unchanged
 from megatron_memory.conversion.verify import check_read_back, check_twins, compare_logits
 from megatron_memory.conversion.verify_files import check_files
+from megatron_memory.conversion.verify_settings import check_settings_back
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.training.checkpoint.finding import locate
 
 _VERIFIED_BY_ITSELF = 1_000_000_000
 _READ: dict[Format, Callable[[Path], SavedState]] = {
@@ -50,25 +54,38 @@ def convert(conversion: Conversion, notify: Notify) -> None:
     """
     source, target = conversion.source, conversion.target
     load, save = Path(source.load), Path(target.save)
-    with output_folder(save) as folder:
+    with output_folder(save, load) as folder:
+        unchanged = Unchanged(_folder_read(source.source_format, load))
         state = read_checkpoint(source.source_format, load)
         for note in state.notes:
             notify(f"note: {note}")
         # Before a copy is left out, whether or not the result is verified.
         check_twins(state)
         state = _prepared(state, target, notify)
+        if state.tokenizer is not None:
+            unchanged.watch(state.tokenizer)
         dtype = _dtype(state, target)
         with shown(state, "writing") as counted:
             notes = _write(counted, target, folder, dtype)
+        unchanged.check()
     for note in notes:
         notify(f"note: {note}")
     count = sum(torch.Size(t.shape).numel() for t in state.weights.values())
     notify(f"{save}: {len(state.weights)} tensors, {count:,} parameters, {_name(dtype)}")
     if conversion.checking.verify is not False:
+        settings = check_settings_back(state, target, save, dtype)
+        notify(f"verified: {settings} settings of the model")
         for compared in check_files(state, target.target_format, save):
             notify(f"verified: {compared}")
     if _verifies(conversion.checking, count, notify):
         _verify(state, conversion, dtype, notify)
+
+
+def _folder_read(format_name: Format, load: Path) -> Path | None:
+    """The checkpoint's own, for a run may go on beside it; None where there is none."""
+    if not load.is_dir() or format_name == "hf":
+        return load if load.is_dir() else None
+    return locate(load) if format_name == "megatron" else locate_lingua(load)
 
 
 def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
@@ -90,6 +107,9 @@ def _prepared(state: SavedState, target: Target, notify: Notify) -> SavedState:
         return state.without_optimizer()
     if state.moments and target.target_format == "hf":
         notify("note: the format has no place for an optimizer's state, which is left out")
+    if target.target_format == "lingua":
+        for left_out in not_in_lingua(state):
+            notify(f"note: the format has no place for {left_out}, left out")
     if state.usage and target.target_format != "megatron":
         notify("note: the format has no place for the counts of slots read, which are left out")
         return dataclasses.replace(state, usage={})
@@ -126,12 +146,7 @@ def _write(state: SavedState, target: Target, folder: Path, dtype: torch.dtype) 
             max_shard_bytes=target.max_shard_bytes,
         )
     if target.target_format == "megatron":
-        layout = Layout(
-            tensor_parallel_size=target.target_tensor_parallel_size,
-            pipeline_parallel_size=target.target_pipeline_parallel_size,
-            memory_parallel_size=target.target_memory_parallel_size,
-        )
-        return write_megatron(state, folder, Path(target.save), layout, dtype)
+        return write_megatron(state, folder, Path(target.save), layout_of(target), dtype)
     write_lingua(state, folder, dtype)
     return []
 

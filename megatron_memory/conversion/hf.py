@@ -234,23 +234,36 @@ def write_hf(
     family = _family(state, model_type)
     weights = state.exact_weights if dtype == torch.float32 else state.weights
     tensors = {n: t.to(dtype or t.dtype) for n, t in to_theirs(rules, weights, "the model").items()}
-    kind = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
-    values = values_of(family, state.config.model, state.vocab_size, kind)
+    kind = dtype or next(iter(tensors.values())).dtype
+    values = config_values(state, model_type, kind, max_shard_bytes)
     tokenizer = write_tokenizer(state, folder, family.model_type)
     generation = state.generation or GenerationSettings.of_tokens(tokenizer.special_tokens)
     if state.config.memory.enabled:
         tensors = cut_tables(tensors, max_shard_bytes)
-        element = getattr(torch, kind)
-        limit = max_chunk_elements(max_shard_bytes, element)
-        values |= memory_values(state.config) | {"memory_max_chunk_elements": limit}
         copy_code(folder)
-        card = model_card(state, element, has_tokenizer=tokenizer.is_there)
+        card = model_card(state, kind, has_tokenizer=tokenizer.is_there)
         (folder / "README.md").write_text(card, "utf-8")
     _write_json(folder / CONFIG, {**values, **generation.in_config})
     if generation.in_file is not None:
         _write_json(folder / GENERATION, generation.in_file)
     write_weight_files(folder, tensors, max_shard_bytes)
     return [] if tokenizer.note is None else [tokenizer.note]
+
+
+def config_values(
+    state: SavedState, model_type: str | None, dtype: torch.dtype, max_shard_bytes: int
+) -> dict[str, Any]:
+    """What config.json says of a model, but for its generation settings.
+
+    Raises:
+        CheckpointError, ConfigurationError: no such family, or it has no such model.
+    """
+    config, kind = state.config, str(dtype).removeprefix("torch.")
+    values = values_of(_family(state, model_type), config.model, state.vocab_size, kind)
+    if config.memory.enabled:
+        limit = max_chunk_elements(max_shard_bytes, dtype)
+        values |= memory_values(config) | {"memory_max_chunk_elements": limit}
+    return values
 
 
 def load_for_evaluation(load: Path) -> torch.nn.Module:

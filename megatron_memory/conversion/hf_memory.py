@@ -29,6 +29,7 @@ from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
 
 MODEL_TYPE = "memory_llama"
+_CODE = Path(megatron_memory.hf_model.__file__).parent
 CODE_FILES = ("configuration_memory_llama.py", "modeling_memory_llama.py")
 
 _CLASSES = {
@@ -239,9 +240,20 @@ def memory_of(values: Mapping[str, Any]) -> MemoryConfig:
 
 def copy_code(folder: Path) -> None:
     """The files by which transformers knows the model."""
-    source = Path(megatron_memory.hf_model.__file__).parent
     for name in CODE_FILES:
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(_CODE / name, folder / name)
+
+
+def check_code(folder: Path, config: Config) -> None:
+    """That a folder's code is what `copy_code` wrote; verification runs this package's own.
+
+    Raises:
+        CheckpointError: names the file that is missing or differs.
+    """
+    for name in CODE_FILES if config.memory.enabled else ():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != (_CODE / name).read_bytes():
+            raise CheckpointError(f"--verify: {path} is missing, or not the model's code")
 
 
 def register() -> None:

@@ -31,6 +31,7 @@ from megatron_memory.conversion.decoder import (
 from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.lingua_groups import groups_of
 from megatron_memory.conversion.lingua_params import config_of, params_of
+from megatron_memory.conversion.links import check_checkpoint_links
 from megatron_memory.conversion.rules import Rule, same, to_ours, to_theirs, twins
 from megatron_memory.conversion.saved_state import SavedState, Tensors, Twin
 from megatron_memory.conversion.shapes import check_shapes
@@ -151,6 +152,7 @@ def read_lingua(load: Path) -> SavedState:
         CheckpointError: there is none, it is damaged, or a setting has no equal here.
     """
     folder = locate_lingua(load)
+    check_checkpoint_links(load, folder)
     params = read_json(folder / PARAMS, CheckpointError)
     stored = stored_tensors(folder)
     weights = _under(stored, _MODEL)

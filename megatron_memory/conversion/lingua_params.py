@@ -1,5 +1,6 @@
 """The reference's params.json, and our configuration."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron_memory.config import (
 )
 from megatron_memory.config.pools import memory_layers, memory_pools
 from megatron_memory.conversion.decoder import check_size
-from megatron_memory.conversion.saved_state import Tensors
+from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 
 # Its defaults, which params.json need not repeat.
@@ -62,6 +63,8 @@ _KNOWN_OF_MODEL = {
     "sliding_window",
     "vocab_size",
 }
+NOT_KEPT = ("num_random_values", "query_dropout", "value_dropout")
+"""Settings of a memory's training that the reference lacks."""
 _KNOWN_OF_MEMORY = {*_MEMORY, "is_enabled", "layers"}
 
 
@@ -284,3 +287,15 @@ def _productkey_args(config: Config) -> dict[str, Any]:
         "mem_gated": memory.gated,
         "peer_variant": memory.variant == "peer",
     }
+
+
+def not_in_lingua(state: SavedState) -> Iterator[str]:
+    """What of a model, beside its computation, the reference's files cannot say; for the user."""
+    memory = state.config.memory
+    if state.tokenizer is not None:
+        yield f"the tokenizer {state.tokenizer}"
+    if state.generation is not None:
+        yield "generation settings (stop tokens, sampling)"
+    for name in NOT_KEPT if memory.enabled else ():
+        if value := getattr(memory, name):
+            yield f"--memory-{name.replace('_', '-')} {value}, which is of trainings"

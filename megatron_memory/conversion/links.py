@@ -5,7 +5,8 @@ publish that file. The cache of the Hugging Face hub is made of links all the sa
 
     models--OWNER--NAME/snapshots/REVISION/config.json -> ../../blobs/HASH
 
-so that links of a snapshot into the `blobs` of its own repository are followed.
+so that links of a snapshot into the `blobs` of its own repository are followed. A training and a
+generation, which publish nothing, read whatever a checkpoint's links lead to.
 """
 
 from collections.abc import Iterable
@@ -28,15 +29,41 @@ def files_of(folder: Path, names: Iterable[str]) -> list[Path]:
     return found
 
 
-def check_links(folder: Path, suffixes: Iterable[str]) -> None:
+def check_links(folder: Path, suffixes: Iterable[str] | None = None) -> None:
     """Refuse a folder in which a file of these kinds is a link to somewhere outside of it.
+
+    Args:
+        folder: to look into.
+        suffixes: of the files that are read; None: all are.
 
     Raises:
         CheckpointError: names the file.
     """
-    for path in sorted(folder.iterdir()):
-        if path.suffix in suffixes and path.is_file():
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
+    for path in paths:
+        if (suffixes is None or path.suffix in suffixes) and path.is_file():
             check_is_inside(folder, path)
+
+
+def check_checkpoint_links(load: Path, folder: Path) -> None:
+    """Refuse a checkpoint of which a file, or the whole folder, is not within what was given.
+
+    Args:
+        load: as the user gave it.
+        folder: of the checkpoint that it means, the same or one in it.
+
+    Raises:
+        CheckpointError: says where the link leads to, and what to do.
+    """
+    if not folder.resolve().is_relative_to(load.resolve()):
+        raise CheckpointError(
+            f"{folder} is a link to {folder.resolve()}, outside of {load}: only what is in the "
+            f"folder itself is read. If it is what you mean: --load {folder.resolve()}"
+        )
+    check_links(folder)
 
 
 def check_is_inside(folder: Path, path: Path) -> None:

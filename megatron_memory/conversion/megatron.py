@@ -20,6 +20,8 @@ from megatron_memory.config.pools import with_share_groups
 from megatron_memory.config.problems import raise_problems
 from megatron_memory.conversion.dcp_files import StoredTensors, write_dcp
 from megatron_memory.conversion.lazy import LazyTensor
+from megatron_memory.conversion.links import check_checkpoint_links
+from megatron_memory.conversion.options import Target
 from megatron_memory.conversion.own_tokenizer import count_ids
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.tokenizer_files import copy_tokenizer
@@ -52,6 +54,15 @@ class Layout:
     memory_parallel_size: int = 1
 
 
+def layout_of(target: Target) -> Layout:
+    """The ranks that a conversion's flags name."""
+    return Layout(
+        tensor_parallel_size=target.target_tensor_parallel_size,
+        pipeline_parallel_size=target.target_pipeline_parallel_size,
+        memory_parallel_size=target.target_memory_parallel_size,
+    )
+
+
 def read_megatron(load: Path, *, with_sums: bool = True) -> SavedState:
     """A training's checkpoint: the newest in a directory, or an iteration's folder.
 
@@ -68,6 +79,7 @@ def read_megatron(load: Path, *, with_sums: bool = True) -> SavedState:
             f"--load {load}: holds no checkpoint of this program. Check the path; of another "
             "program's, tools/convert_checkpoint.py --from hf or lingua makes one"
         )
+    check_checkpoint_links(load, folder)
     metadata = check_whole(folder)
     common = read_common(folder)
     notes: tuple[str, ...] = ()
@@ -159,9 +171,7 @@ def write_megatron(
         CheckpointError, OSError: a tensor cannot be read, or the folder not be written.
     """
     ids = count_ids(state)
-    config = _config_for(state, save, layout, dtype)
-    if config.data.vocab_size is not None and ids > state.vocab_size:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=ids))
+    config = config_to_write(state, save, layout, dtype, ids)
     any_run, ranks = _with_divisible_batch(config, layout), _num_ranks(layout)
     raise_problems([*memory_problems(any_run), *parallel_problems(any_run, ranks)])
     iteration = folders.begin(folder, state.iteration)
@@ -196,10 +206,15 @@ def _num_ranks(layout: Layout) -> int:
     return layout.tensor_parallel_size * layout.pipeline_parallel_size * layout.memory_parallel_size
 
 
-def _config_for(state: SavedState, save: Path, layout: Layout, dtype: torch.dtype | None) -> Config:
+def config_to_write(
+    state: SavedState, save: Path, layout: Layout, dtype: torch.dtype | None, ids: int
+) -> Config:
+    """What config.yaml says; `ids` is `count_ids(state)`, the others are as of `write_megatron`."""
     replace, config = dataclasses.replace, state.config
     is_bf16 = _dtype_of(state, dtype) == torch.bfloat16
     data = config.data
+    if data.vocab_size is not None and ids > state.vocab_size:
+        data = replace(data, vocab_size=ids)
     if state.tokenizer is not None:
         # So that the model can be used from any directory.
         place = save.absolute() / TOKENIZER

@@ -1,6 +1,7 @@
 """Weight files of Hugging Face: `model.safetensors`, or shards and an index; `.bin` to read."""
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,17 +58,27 @@ def read_weight_files(folder: Path) -> Tensors:
     raise CheckpointError(f"{folder} holds neither {_ONE_FILE} nor {_INDEX}: no model's weights")
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which file has each tensor, by what an index says.
+
+    Raises:
+        CheckpointError: it is damaged, or names a file outside of its folder.
+    """
+    placed = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise CheckpointError(f"{index} is damaged: it has no weight_map of names")
+    for file in set(placed.values()):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index} names a file outside of the folder, {file!r:.80}")
+    return placed
+
+
 def _of_index(folder: Path, index: Path, read: Callable[[Path], Tensors]) -> Tensors:
-    try:
-        placed = read_json(index, CheckpointError)["weight_map"]
-        names = {str(name): str(file) for name, file in placed.items()}
-    except (KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: it has no weight_map of names") from error
+    names = read_weight_map(index)
     tensors: Tensors = {}
     for file in sorted(set(names.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index} names a file outside of the folder, {file!r}")
-        if not (folder / file).is_file():
+        # Unlike Path.is_file it does not raise on a name that is too long.
+        if not os.path.isfile(folder / file):
             raise CheckpointError(f"{folder / file} is missing, which {index.name} names")
         found = read(folder / file)
         if displaced := sorted(n for n in found if names.get(n, file) != file):

@@ -13,6 +13,7 @@ from megatron_memory.conversion.megatron import TOKENIZER, read_generation_back
 from megatron_memory.conversion.options import Format
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.conversion.tokenizer_check import check_same_tokenizer
+from megatron_memory.conversion.tokenizer_files import tokenizer_files
 from megatron_memory.exceptions import CheckpointError
 
 
@@ -38,6 +39,10 @@ def check_files(state: SavedState, target: Format, save: Path) -> Iterator[str]:
         compared = check_same_tokenizer(
             state.tokenizer, folder, state.config.data.tokenizer_type or "HuggingFaceTokenizer"
         )
+        # transformers cannot read every file of another program, and then an export has none.
+        must_be_there = target == "megatron" or tokenizer_files(state.tokenizer)
+        if compared is None and must_be_there:
+            raise CheckpointError(f"--verify: {folder} lacks a copy of {state.tokenizer}")
         if compared is not None:
             yield f"the tokenizer: {compared}"
     if state.generation is None:

@@ -16,6 +16,8 @@ from megatron_memory.data.indexed.format import (
     idx_path,
 )
 from megatron_memory.exceptions import DataError
+from megatron_memory.reading.documents import open_regular
+from megatron_memory.reading.pickles import UnsafeFile
 
 _CHUNK = 1 << 20
 _MEND = "Make the pair again with tools/preprocess_data.py, or copy both files again"
@@ -126,10 +128,12 @@ def _size(prefix: str, path: str) -> int:
 
 def _read_header(path: str, num_bytes: int) -> _Header:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             head = stream.read(HEADER.size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnsafeFile as error:
+        raise DataError(f"{path}: cannot be read ({error}). {_MEND}") from error
     if not head.startswith(MAGIC):
         raise DataError(f"{path}: not the index of a dataset (it does not begin as one). {_MEND}")
     if len(head) < HEADER.size:

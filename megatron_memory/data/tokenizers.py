@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.reading.panics import panics_as_errors
+from megatron_memory.reading.pickles import shown
 from megatron_memory.reading.tokenizer_files import check_tokenizer_files
+from megatron_memory.reading.tokenizer_vocabularies import (
+    check_sentencepiece_file,
+    check_tiktoken_file,
+)
 from megatron_memory.upstream import core
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ _LIBRARIES = {
 }
 TOKENIZER_TYPES = tuple(_LIBRARIES)
 _WITHOUT_FILES = ("byte-level", core.NULL_TOKENIZER)
+_MOST_IDS = 2**31
 
 _NUM_BYTES = 256
 _BYTE_LEVEL_OPTIONS = {
@@ -81,6 +87,10 @@ def build_tokenizer(
     try:
         if library == "huggingface":
             check_tokenizer_files(str(tokenizer_model))
+        elif library == "sentencepiece":
+            check_sentencepiece_file(str(tokenizer_model))
+        elif library == "tiktoken":
+            check_tiktoken_file(str(tokenizer_model), vocab_size)
         with panics_as_errors():
             return MegatronTokenizer.from_pretrained(
                 tokenizer_path=None if library in _WITHOUT_FILES else tokenizer_model,
@@ -121,6 +131,11 @@ def check_tokenizer_flags(
     library = _LIBRARIES[tokenizer_type]
     if library == core.NULL_TOKENIZER and vocab_size is None:
         raise ConfigurationError("--tokenizer-type NullTokenizer needs --vocab-size")
+    if library == core.NULL_TOKENIZER and vocab_size is not None and not 0 < vocab_size < _MOST_IDS:
+        raise ConfigurationError(
+            f"--vocab-size {shown(vocab_size)}: must be above 0 and below {_MOST_IDS}, the "
+            "ids that a file of tokens can hold"
+        )
     if library in _WITHOUT_FILES:
         return library
     if not tokenizer_model:
@@ -214,7 +229,7 @@ def check_vocab_size(tokenizer: MegatronTokenizerBase, vocab_size: int | None) -
     """
     ids = num_ids(tokenizer)
     # A NullTokenizer's --vocab-size does not count the end of a document, as in Megatron-LM.
-    if vocab_size is None or (tokenizer.library == "null" and ids == vocab_size + 1):
+    if vocab_size is None or (tokenizer.library == core.NULL_TOKENIZER and ids == vocab_size + 1):
         return ids
     if ids > vocab_size:
         raise ConfigurationError(

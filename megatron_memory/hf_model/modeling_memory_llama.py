@@ -294,7 +294,7 @@ class MemoryLlamaAttention(llama.LlamaAttention):
         if cache is not None:
             options = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             key, value = cache.update(key, value, self.layer_idx, options)
-        output, weights = self._attention_function(kwargs)(
+        output, weights = self._attention_function(attention_mask, kwargs)(
             self,
             query,
             key,
@@ -306,9 +306,12 @@ class MemoryLlamaAttention(llama.LlamaAttention):
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def _attention_function(self, options):
+    def _attention_function(self, mask, options):
         name = self.config._attn_implementation
-        if name == "eager" or options.get("output_attentions"):
+        # transformers 4.51 has the eager function return the weights that others do not, and makes
+        # it a mask to add. Without such a mask it would attend to later tokens.
+        is_added = mask is not None and mask.is_floating_point()
+        if name == "eager" or (options.get("output_attentions") and is_added):
             return llama.eager_attention_forward
         return llama.ALL_ATTENTION_FUNCTIONS[name]
 

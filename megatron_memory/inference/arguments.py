@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_memory.config.command import parse_command
 from megatron_memory.exceptions import ConfigurationError
@@ -15,6 +14,9 @@ With N processes: torchrun --nproc-per-node N -m megatron_memory.generate \
 The model's shape, precision and tokenizer come from the checkpoint's config.yaml. A prompt that
 begins with a dash follows an equals sign: --prompt=-5. Flags may be written with underscores, too.
 """
+
+_LARGEST_FILE = 64 * 2**20
+"""Bytes of prompts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,15 @@ def read_prompts(prompts: Prompts) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text("utf-8").split("\n")
+        # It may be a pipe, as of a shell's <(...).
+        with open(path, "rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ConfigurationError(
+                f"--prompts-file {path} has more than {_LARGEST_FILE} bytes. Give fewer prompts."
+            )
+        # Editors of Windows put a mark before a text, which a tokenizer would take for a word.
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise ConfigurationError(
             f"--prompts-file {path} cannot be read: {error.strerror}. Check the path."
@@ -65,8 +75,9 @@ def _lines(path: str) -> list[str]:
         raise ConfigurationError(
             f"--prompts-file {path} is not UTF-8 text: {error}. Convert it."
         ) from error
-    if lines[-1] == "":
-        lines.pop()
+    if not text:
+        raise ConfigurationError(f"--prompts-file {path} is empty. Write one prompt a line.")
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ConfigurationError(

@@ -18,8 +18,13 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 )
 from torch import Tensor
 
+from megatron_memory.exceptions import CheckpointError
 from megatron_memory.inference.options import Sampling
 from megatron_memory.upstream import core
+
+_SMALL_TEMPERATURE = 1e-3
+# Its reciprocal is finite in fp32; any smaller one gives the same choice.
+_SMALLEST_TEMPERATURE = 1e-30
 
 
 class InferenceEngine:
@@ -69,6 +74,9 @@ class InferenceEngine:
         Returns:
             the new tokens of each prompt, without the end of document; fewer than asked for where
             there was one.
+
+        Raises:
+            CheckpointError: the model's logits are no numbers.
         """
         longest = max(map(len, prompts)) + num_tokens
         batch_size = min(len(prompts), max_batch_size)
@@ -89,6 +97,12 @@ class InferenceEngine:
             scheduler.update_requests_pools(
                 result_dict=controller.generate_all_output_tokens_static_batch(active)
             )
+        if controller.is_without_numbers():
+            raise CheckpointError(
+                "the model's logits are no finite numbers (NaN or infinity), from which no token "
+                "can be chosen. tools/inspect_checkpoint.py names the tensors with such values; "
+                "without any, bf16 overflows: convert the checkpoint with --dtype fp32"
+            )
         done = scheduler.completed_request_pool
         return [done[number].generated_tokens.tolist() for number in range(len(prompts))]
 
@@ -100,7 +114,7 @@ class InferenceEngine:
 
     def _parameters(self, sampling: Sampling, num_tokens: int) -> SamplingParams:
         parameters = SamplingParams(
-            temperature=sampling.temperature,
+            temperature=max(sampling.temperature, _SMALLEST_TEMPERATURE),
             top_k=1 if sampling.is_greedy else sampling.top_k,
             top_p=float(sampling.top_p),
             num_tokens_to_generate=num_tokens,
@@ -123,6 +137,19 @@ class _Controller(TextGenerationController):
         self._stop_tokens = stop_tokens
         self._vocab_size = vocab_size
         self._never_chosen = never_chosen
+        self._is_without_numbers: Tensor | None = None
+
+    def is_without_numbers(self) -> bool:
+        """Whether any token had logits that were not finite."""
+        return self._is_without_numbers is not None and bool(self._is_without_numbers)
+
+    def _numbers_of(self, logits: Tensor) -> Tensor:
+        """Remember on the device, without waiting for it, that a row has no largest number."""
+        is_bad = ~logits.amax(dim=-1, keepdim=True).isfinite()
+        seen = self._is_without_numbers
+        self._is_without_numbers = is_bad.any() if seen is None else seen | is_bad.any()
+        # Draws from NaN would be an error of another kind, on GPUs a fatal one.
+        return logits.masked_fill(is_bad, 0.0)
 
     def sample_from_logits(
         self, last_token_logits: Tensor, sampling_params: SamplingParams, *args, **kwargs
@@ -131,6 +158,10 @@ class _Controller(TextGenerationController):
         if self._never_chosen:
             logits = logits.clone()
             logits[:, self._never_chosen] = float("-inf")
+        logits = self._numbers_of(logits)
+        if sampling_params.temperature < _SMALL_TEMPERATURE:
+            # The quotient of the largest would be infinite. The distribution stays the same.
+            logits = logits - logits.amax(dim=-1, keepdim=True)
         chosen = super().sample_from_logits(logits, sampling_params)
         # megatron-core knows one token that ends a text: the others become it.
         for token in self._stop_tokens[1:]:

@@ -12,7 +12,7 @@ from megatron_memory.data.tokenizers import (
     num_ids,
     padded_vocab_size,
 )
-from megatron_memory.exceptions import ConfigurationError, DataError
+from megatron_memory.exceptions import CheckpointError, ConfigurationError, DataError
 from megatron_memory.inference.engine import InferenceEngine
 from megatron_memory.inference.options import ModelSource, Sampling
 from megatron_memory.inference.saved_model import SavedModel, find_saved_model
@@ -125,6 +125,7 @@ class Generator:
 
         Raises:
             ConfigurationError: a prompt is empty or too long, or the tokenizer cannot read it.
+            CheckpointError: the model's logits are no numbers.
         """
         if not prompts:
             return []
@@ -132,7 +133,10 @@ class Generator:
         start = self._start(prepend_eod)
         tokenized = [start + self._tokenize(prompt) for prompt in prompts]
         num_tokens = self._num_tokens(prompts, tokenized, sampling.num_tokens_to_generate)
-        continued = self._engine.run(tokenized, num_tokens, sampling, max_batch_size)
+        try:
+            continued = self._engine.run(tokenized, num_tokens, sampling, max_batch_size)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.saved.folder}: {error}") from error
         return [
             Completion(
                 prompt=prompt,

@@ -1,15 +1,19 @@
 """Tensors by the names of a checkpoint's files, also where some are missing or damaged."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_memory.conversion.dcp_files import StoredTensors
 from megatron_memory.conversion.lingua import CONSOLIDATED, locate_lingua, stored_tensors
 from megatron_memory.conversion.options import Format
-from megatron_memory.conversion.safetensors_files import read_pickled, read_safetensors
+from megatron_memory.conversion.safetensors_files import (
+    read_pickled,
+    read_safetensors,
+    read_weight_map,
+)
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.reading.documents import read_json
 from megatron_memory.training.checkpoint.finding import locate
 from megatron_memory.training.checkpoint.integrity import stored_lengths
 from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE, read_metadata
@@ -83,17 +87,14 @@ def _read_hf(folder: Path) -> tuple[Tensors, list[str]]:
 
 def _unlike_index(index: Path, tensors: Tensors) -> Iterator[str]:
     try:
-        placed = dict(read_json(index, CheckpointError)["weight_map"])
+        placed = read_weight_map(index)
     except CheckpointError as error:
         yield str(error)
         return
-    except (KeyError, TypeError, ValueError):
-        yield f"{index} is damaged: it has no weight_map of names"
-        return
-    lost = {str(file) for file in placed.values() if not (index.parent / str(file)).is_file()}
+    lost = {file for file in placed.values() if not os.path.isfile(index.parent / file)}
     for file in sorted(lost):
         yield f"{index.parent / file} is missing, which {index.name} names"
-    unlike = sorted(str(name) for name in tensors.keys() ^ placed.keys())
+    unlike = sorted(tensors.keys() ^ placed.keys())
     unlike = [name for name in unlike if placed.get(name) not in lost]
     if unlike:
         more = f" and {len(unlike) - 8} more" if len(unlike) > 8 else ""

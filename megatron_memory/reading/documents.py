@@ -1,10 +1,11 @@
 """JSON and YAML of which neither the length nor the depth nor a number in it is out of bounds."""
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -19,17 +20,31 @@ _DEEPEST_YAML = 4
 _LARGEST_NUMBER_BITS = 64
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file to read. Waits for no pipe, and opens no device.
+
+    Raises:
+        OSError: it cannot be read.
+        UnsafeFile: it is no file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise UnsafeFile("it is no regular file")
+
+
 def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a file of at most `most` bytes. Waits for no pipe, and reads no device.
+    """The content of a file of at most `most` bytes.
 
     Raises:
         OSError: it cannot be read.
         UnsafeFile: it is longer, or no file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UnsafeFile("it is no regular file")
+    with open_regular(path) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
         raise UnsafeFile(f"it has more than {most} bytes, and no such file needs as many")

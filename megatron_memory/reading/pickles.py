@@ -302,7 +302,10 @@ def _push_number(form: str) -> Callable[[_Machine], None]:
 
 
 def _push_text(form: str) -> Callable[[_Machine], None]:
-    return lambda machine: machine.stack.append(machine.take(machine.number(form)).decode("utf-8"))
+    # As pickle does: a folder's name may be no text, and torch writes it into `.metadata`.
+    return lambda machine: machine.stack.append(
+        machine.take(machine.number(form)).decode("utf-8", "surrogatepass")
+    )
 
 
 def _push_bytes(form: str) -> Callable[[_Machine], None]:

@@ -27,11 +27,22 @@ def check_tokenizer_files(path: str | os.PathLike[str]) -> None:
             for token, number in _ids(os.path.basename(file), content):
                 _check_id(token, number)
             if os.path.basename(file) == "tokenizer.json":
+                _check_draws(content)
                 check_growth(content)
         except OSError as error:
             raise UnsafeFile(f"{file}: {error.strerror}") from error
         except UnsafeFile as error:
             raise UnsafeFile(f"{file}: {error}. Copy the tokenizer again, or correct it") from error
+
+
+def _check_draws(definition: dict[str, Any]) -> None:
+    model = definition.get("model")
+    dropout = model.get("dropout") if isinstance(model, dict) else None
+    if dropout:
+        raise UnsafeFile(
+            f"its model has dropout {shown(dropout):.80}, which draws a text's ids anew each time, "
+            "so that no two runs have the same tokens: set it to null"
+        )
 
 
 def _ids(name: str, content: Any) -> Iterator[tuple[Any, Any]]:

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from megatron_memory.reading.documents import open_regular
 from megatron_memory.reading.pickles import Maker, UnsafeFile, read_pickle, shown
 from megatron_memory.reading.plain_data import check_extent
 
@@ -103,7 +104,7 @@ def load_torch_file(path: Path, *, mmap: bool = False) -> Any:
     Raises:
         UnsafeFile, OSError: it is damaged, holds code, or asks for more than it holds.
     """
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         check_torch_stream(stream, verify=True)
     return _load(os.fspath(path), mmap=mmap)
 
@@ -114,7 +115,7 @@ def load_torch_part(path: Path, begin: int, length: int) -> Any:
     Raises:
         UnsafeFile, OSError: see `load_torch_file`.
     """
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         part = FilePart(stream, begin, length)
         check_torch_stream(part, verify=True)
         return _load(part)

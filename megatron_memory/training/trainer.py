@@ -1,5 +1,6 @@
 """The training loop: step, report, evaluate, save, stop."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -141,7 +142,8 @@ class Trainer:
             # torchrun kills 30 seconds after a SIGTERM: an evaluation would cost the checkpoint.
             # The run that goes on makes up for it.
             if self._evaluation_is_due and stop is None:
-                stop = self._validate()
+                with self._saved_before_error():
+                    stop = self._validate()
             if self._is_due(self._config.checkpoint.save_interval) or stop:
                 self._save()
             elif self._saver is not None:
@@ -258,7 +260,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"iteration {self.position.iteration}: the {name} loss is {loss}. The training "
-                "stops. Go back to a checkpoint with --load whose loss is finite, and lower --lr"
+                "stops. Look at the data, or go back to a checkpoint whose loss is finite (--load "
+                "SAVE/iter_N) and lower --lr"
             )
         self._curves.add(self.position.iteration, {f"loss/{name}": loss})
         self._console.say(
@@ -321,12 +324,8 @@ class Trainer:
         if stop is None:
             if self._interval.num_steps:
                 self._report()
-            try:
+            with self._saved_before_error():
                 stop = self._evaluate_at_end()
-            except TrainingError:
-                # Held-out data are no reason to lose what was trained.
-                self._save()
-                raise
             self._save()
         if self._saver is not None:
             with self._watch.phase("saving"):
@@ -339,6 +338,23 @@ class Trainer:
                 f"stopped after iteration {self.position.iteration}: {stop.reason}; {saved}"
             )
         return stop
+
+    @contextlib.contextmanager
+    def _saved_before_error(self) -> Iterator[None]:
+        """Held-out data are no reason to lose what was trained, or the checkpoints before it."""
+        try:
+            yield
+        except TrainingError as error:
+            if self._saver is None:
+                raise
+            self._saver.keep_before = self.position.iteration
+            self._save()
+            if self._last_saved != self.position:
+                raise
+            raise TrainingError(
+                f"{error}. The weights of this iteration, which are finite, are saved as well, and "
+                "no older checkpoint is deleted for them"
+            ) from error
 
     def _evaluate_at_end(self) -> Stop | None:
         stop = None

@@ -41,6 +41,11 @@ def install() -> None:
     TorchCommonSaveStrategy.save_common = _save_common
 
 
+def list_by(path_class: type[Path]) -> None:
+    """Have rank 0 list the folder by this class before it writes."""
+    serialization.Path = path_class
+
+
 def _save_common(
     self: TorchCommonSaveStrategy, common_state_dict: dict[str, Any], checkpoint_dir: str | Path
 ) -> None:
@@ -51,11 +56,23 @@ def _save_common(
 
 
 def save(
-    state: dict[str, Any], folder: Path, strategy: Any, content_metadata: dict[str, Any]
+    state: dict[str, Any],
+    folder: Path,
+    strategy: Any,
+    content_metadata: dict[str, Any],
+    compared: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> AsyncRequest:
-    """Plan a checkpoint and write its plain values. The tensors are the request's."""
+    """Plan a checkpoint and write its plain values. The tensors are the request's.
+
+    `compared`: what of the plain values must be alike on all ranks.
+    """
     return dist_checkpointing.save(
-        state, str(folder), strategy, async_sharded_save=True, content_metadata=content_metadata
+        state,
+        str(folder),
+        strategy,
+        async_sharded_save=True,
+        content_metadata=content_metadata,
+        preprocess_common_before_consistancy_check=compared,
     )
 
 

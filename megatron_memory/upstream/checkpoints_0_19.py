@@ -1,6 +1,8 @@
 """Checkpoints by megatron-core 0.19: plain values are an object among the tensors."""
 
 import copy
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,30 @@ def install() -> None:
     torch_strategies._logged_mcore_async_deprecation = True
 
 
+def list_by(path_class: type[Path]) -> None:
+    """Have rank 0 list the folder by this class before it writes."""
+    # In place of its layer for multi-storage-client, which is not used here.
+    serialization.maybe_msc = types.SimpleNamespace(Path=path_class)
+
+
 def save(
-    state: dict[str, Any], folder: Path, strategy: Any, content_metadata: dict[str, Any]
+    state: dict[str, Any],
+    folder: Path,
+    strategy: Any,
+    content_metadata: dict[str, Any],
+    compared: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> AsyncRequest:
-    """Plan a checkpoint. Its tensors and plain values are the request's to write."""
+    """Plan a checkpoint. Its tensors and plain values are the request's to write.
+
+    `compared`: what of the plain values must be alike on all ranks.
+    """
     return dist_checkpointing.save(
         state,
         str(folder),
         strategy,
         async_sharded_save=True,
         content_metadata=content_metadata,
+        preprocess_common_before_consistancy_check=compared,
         async_strategy="mcore",
     )
 

@@ -1,5 +1,6 @@
 """The files themselves: blocks, hostile content, damage, full or contested places."""
 
+import json
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from megatron_memory.conversion.folders import output_folder
 from megatron_memory.conversion.lazy import LazyTensor, from_memory
 from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training.checkpoint.checksums import write_sums
 from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.bounded import within
 from tests.conversion.states import (
@@ -226,6 +228,19 @@ def test_a_symbolic_link_is_told_before_the_work(tmp_path: Path):
         raise AssertionError("it must not start")
 
 
+def test_a_place_for_no_new_folder_is_told_before_the_work(tmp_path: Path):
+    write_sums(tmp_path, "xxh3_128")
+    for save, message in (
+        ("", "is no name of a folder"),
+        (".", "is no name of a folder"),
+        (tmp_path / "..", "is no name of a folder"),
+        (tmp_path / "x" / "new", f"lies in the checkpoint {tmp_path}"),
+        ("x" * 300, "File name too long"),
+    ):
+        with pytest.raises(CheckpointError, match=message), output_folder(Path(save)):
+            raise AssertionError("it must not start")
+
+
 _ON_A_SMALL_DISK = """
 import subprocess, sys, torch
 from pathlib import Path
@@ -293,3 +308,22 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_refused(tmp_path: Path
     save_file(load_file(last) | {name: stale + 1}, last, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{last.name} holds {name}, which .*{first.name}"):
         read_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [[["a", "b"]], "x", {"a": 1}, {"a": "x" * 300}, {"a": "../x"}]
+)
+def test_an_index_that_names_no_files(weight_map: object, tmp_path: Path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="index.json"):
+        read_weight_files(tmp_path)
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path):
+    """torch writes the name into the list of tensors."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_dcp(folder, {"a": from_memory(torch.arange(3))}, {})
+    found = StoredTensors(folder, read_metadata(folder)).tensors()
+    assert torch.equal(found["a"].read(), torch.arange(3))

@@ -238,3 +238,21 @@ def test_memory_is_not_added_twice_and_nothing_is_overwritten(trained, tmp_path:
     assert code == 2 and "is not empty" in text
     code, text = grow("shrink", *load)
     assert code == 2 and "begin with one of add-memory, grow" in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--memory-value-dim", 1, "--memory-key-dim 0, half of --memory-value-dim 1"),
+        ("--memory-num-heads", 99999999999, "does not fit into this machine's memory"),
+        ("--probe-sequences", 99999999999, "--probe-sequences is 99999999999"),
+    ],
+)
+def test_sizes_that_cannot_be(flag: str, value: int, message: str, trained, tmp_path: Path):
+    load, save = _folder(trained["dense"]), tmp_path / "new"
+    argv = ("--memory-layers", 1, "--memory-beside-mlp", *SIZES, flag, value)
+    if flag in SIZES:
+        argv = (*argv[:3], *SIZES[2:], flag, value)
+    code, text = grow("add-memory", "--load", load, "--save", save, *argv)
+    assert code == 2 and message in text
+    assert [*tmp_path.iterdir()] == []

@@ -1,14 +1,16 @@
 """No file from outside a folder comes into what is made of it."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_memory.conversion.convert import convert, read_checkpoint
 from megatron_memory.conversion.hf import read_hf
 from megatron_memory.conversion.tokenizer_files import copy_tokenizer
 from megatron_memory.exceptions import CheckpointError
-from tests.conversion.states import save_hf_model
+from tests.conversion.states import conversion, golden_checkpoint, save_hf_model
 from tests.conversion.tokenizers_of_many_kinds import EXAMPLE
 
 FILES = (
@@ -77,3 +79,50 @@ def test_the_hubs_cache_is_read(model, tmp_path):
     (snapshot / "config.json").symlink_to(other)
     with pytest.raises(CheckpointError, match="models--owner--other"):
         read_hf(snapshot)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model in the two other formats."""
+    folder = tmp_path_factory.mktemp("written")
+    shutil.copytree(golden_checkpoint("peer"), folder / "lingua" / "0000000024")
+    one = conversion("lingua", folder / "lingua", "megatron", folder / "megatron", verify=False)
+    convert(one, lambda line: None)
+    return {"lingua": folder / "lingua", "megatron": folder / "megatron"}
+
+
+def _checkpoint(load: Path, kind: str) -> Path:
+    return load / ("0000000024" if kind == "lingua" else "iter_0000024")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("lingua", name) for name in ("__0_0.distcp", ".metadata", "params.json")),
+        *(("megatron", name) for name in ("__0_0.distcp", "common.pt", "config.yaml")),
+    ],
+)
+def test_no_file_of_a_checkpoint_comes_from_outside(kind, name, written, tmp_path):
+    """Not even one that has the checkpoint's own sum: three formats, one rule."""
+    load = Path(shutil.copytree(written[kind], tmp_path / "load"))
+    folder = _checkpoint(load, kind)
+    expected = len(read_checkpoint(kind, load).weights)
+    _link(folder / name, tmp_path / "elsewhere" / name)
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .*elsewhere.*cp -L"):
+        read_checkpoint(kind, load)
+    # The fix that it names.
+    (folder / name).unlink()
+    shutil.copyfile(tmp_path / "elsewhere" / name, folder / name)
+    assert len(read_checkpoint(kind, load).weights) == expected > 0
+
+
+@pytest.mark.parametrize("kind", ["lingua", "megatron"])
+def test_a_checkpoints_folder_that_is_elsewhere_is_named(kind, written, tmp_path):
+    (tmp_path / "load").mkdir()
+    folder = _checkpoint(tmp_path / "load", kind)
+    real = _checkpoint(written[kind], kind)
+    folder.symlink_to(real)
+    with pytest.raises(CheckpointError, match=f"{folder} is a link to {real}, outside of .*load"):
+        read_checkpoint(kind, tmp_path / "load")
+    # A link that the user gives is what the user means.
+    assert read_checkpoint(kind, folder).weights

@@ -74,6 +74,30 @@ def test_generates_alike_with_cache_without_it_and_behind_padding(settings, toke
     assert beams.shape == (2, 16)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_do_not_depend_on_what_is_asked_for_beside_them(implementation, tokens):
+    """Attention to later tokens, for one, would change them."""
+    model = tiny_hf_model(**CASES["memory+"])
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits
+        model.set_attn_implementation(implementation)
+        for attention_mask in (mask, None):
+            rows = slice(0, 2) if attention_mask is not None else slice(1, 2)
+            asked = model(
+                tokens[rows],
+                attention_mask=attention_mask,
+                output_attentions=True,
+                output_hidden_states=True,
+            )
+            torch.testing.assert_close(asked.logits[:, 3:], expected[rows, 3:])
+            assert len(asked.hidden_states) == 5
+    if implementation == "eager":
+        assert len(asked.attentions) == 4
+        assert asked.attentions[0].triu(1).abs().max() == 0
+
+
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradients_of_every_weight_with_and_without_checkpointing(settings, tokens):

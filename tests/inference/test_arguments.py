@@ -91,12 +91,23 @@ def test_what_is_greedy():
 
 def test_prompts_of_flags_and_file(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("one\ntwo words\n", "utf-8")
     prompts = Prompts(prompt=("zero",), prompts_file=str(file))
-    assert read_prompts(prompts) == ["zero", "one", "two words"]
+    # Also as an editor on Windows writes it.
+    for content in (b"one\ntwo words\n", b"\xef\xbb\xbfone\r\ntwo words", b"one\r\ntwo words\r\n"):
+        file.write_bytes(content)
+        assert read_prompts(prompts) == ["zero", "one", "two words"]
 
 
-@pytest.mark.parametrize("content, message", [(b"a\n\nb\n", "line 2 is empty"), (b"\xff", "UTF-8")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a\n\nb\n", "line 2 is empty"),
+        (b"\n", "line 1 is empty"),
+        (b"\xff", "UTF-8"),
+        (b"", "prompts.txt is empty"),
+        (b"\xef\xbb\xbf", "prompts.txt is empty"),
+    ],
+)
 def test_wrong_prompt_files(tmp_path, content, message):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
@@ -111,6 +122,8 @@ def test_missing_prompts(tmp_path):
         read_prompts(Prompts(prompt=("a", "")))
     with pytest.raises(ConfigurationError, match="--prompts-file .*nowhere.* cannot be read"):
         read_prompts(Prompts(prompts_file=str(tmp_path / "nowhere")))
-    (tmp_path / "empty").touch()
-    with pytest.raises(ConfigurationError, match="--prompt is missing"):
-        read_prompts(Prompts(prompts_file=str(tmp_path / "empty")))
+
+
+def test_a_file_without_end_is_no_file_of_prompts():
+    with pytest.raises(ConfigurationError, match="--prompts-file /dev/zero has more than"):
+        read_prompts(Prompts(prompts_file="/dev/zero"))

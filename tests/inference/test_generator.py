@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_memory.exceptions import ConfigurationError
+from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from megatron_memory.inference.engine import InferenceEngine
 from megatron_memory.inference.options import Sampling
 from tests.distributed import run_ranks
@@ -179,6 +179,9 @@ def _restricted_to_one_token(generator):
             sampling(temperature=0),
             sampling(top_p=1e-6),
             sampling(temperature=1e-6),
+            # The logits divided by it are infinite; below, its reciprocal is in fp32.
+            sampling(temperature=1e-38),
+            sampling(temperature=5e-324),
         )
     ]
 
@@ -258,7 +261,22 @@ def _errors_of_prompts(generator):
     return errors
 
 
+def _errors_of_a_broken_weight(generator):
+    """Greedy and sampled: NaN is the "largest" logit of the one, and cannot be drawn from."""
+    gain = next(p for name, p in generator.model.named_parameters() if "final_layernorm" in name)
+    kept = gain[0].item()
+    gain[0] = float("nan")
+    errors = []
+    for how in (GREEDY, sampling(temperature=1.0)):
+        with pytest.raises(CheckpointError) as raised:
+            generator.generate(["1 2", "3"], how)
+        errors.append(str(raised.value))
+    gain[0] = kept
+    return errors
+
+
 OBSERVED = {
+    "broken": _errors_of_a_broken_weight,
     "one token": _restricted_to_one_token,
     "top 3": _ranks_of_top_3,
     "frequencies at 1": partial(_frequencies, temperature=1.0),
@@ -279,7 +297,12 @@ def memory_model(tmp_path_factory):
 
 def test_what_restricts_the_choice_to_one_token_is_greedy(memory_model):
     texts = memory_model[1]["one token"]
-    assert texts == [texts[0]] * 5
+    assert texts == [texts[0]] * 7
+
+
+def test_logits_that_are_no_numbers_are_told(memory_model):
+    for error in memory_model[1]["broken"]:
+        assert "iter_" in error and "logits are no finite numbers" in error
 
 
 def test_top_k_chooses_among_so_many(memory_model):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_memory.config import load_config
-from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.data.index_files import check_indexed_dataset
+from megatron_memory.exceptions import CheckpointError, ConfigurationError, DataError
 from megatron_memory.reading.documents import (
     parse_json,
     parse_yaml_pairs,
@@ -15,6 +16,8 @@ from megatron_memory.reading.documents import (
     read_json,
 )
 from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.torch_files import load_torch_file, load_torch_part
+from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.bounded import within
 from tests.hostile import HOSTILE_JSON, HOSTILE_YAML
 
@@ -79,3 +82,21 @@ def test_only_files_are_read(tmp_path: Path):
     with pytest.raises(UnsafeFile, match="more than 10 bytes"):
         read_bounded(tmp_path / "long", 10)
     assert read_bounded(tmp_path / "long", 11) == bytes(11)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_pipes_and_devices_are_refused_wherever_a_file_is_read(make, tmp_path: Path):
+    """At once: a pipe that nobody writes to would be waited for, and a device has no end."""
+    path = tmp_path / ".metadata"
+    make(path)
+    os.link(path, tmp_path / "tokens.idx", follow_symlinks=False)
+    (tmp_path / "tokens.bin").write_bytes(b"")
+    for read, expected in (
+        (lambda: read_bounded(path, 100), UnsafeFile),
+        (lambda: load_torch_file(path), UnsafeFile),
+        (lambda: load_torch_part(path, 0, 100), UnsafeFile),
+        (lambda: read_metadata(tmp_path), CheckpointError),
+        (lambda: check_indexed_dataset(str(tmp_path / "tokens")), DataError),
+    ):
+        with pytest.raises(expected, match="no regular file"):
+            read()

@@ -188,3 +188,14 @@ def test_many_replacements_of_single_characters_are_sound(folder: Path):
 def _change(folder: Path, **parts: Any) -> None:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | parts), "utf-8")
+
+
+def test_a_tokenizer_that_draws_its_ids_is_refused(folder: Path):
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(definition))
+    _read_everywhere(folder, "its model has dropout 0.1")
+    definition["model"]["dropout"] = 0.0
+    path.write_text(json.dumps(definition))
+    check_tokenizer_files(folder)

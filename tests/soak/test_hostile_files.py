@@ -32,7 +32,8 @@ from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from tests.bounded import within
 from tests.conversion.states import golden_checkpoint, save_hf_model
 from tests.data.helpers import random_documents, write_dataset
-from tests.hostile import mutated
+from tests.hostile import mutated, mutated_json
+from tests.soak import hostile_kinds
 from tests.soak.rounds import rounds
 from tests.training.tiny_runs import tiny_config
 
@@ -194,7 +195,7 @@ CASES: dict[str, tuple[Callable, Callable, str, int | None, int]] = {
         None,
         300,
     ),
-}
+} | hostile_kinds.CASES
 """How to make a sound one, the function to read it with, the file to damage, how much of its
 beginning (None: all), and how often."""
 
@@ -227,7 +228,10 @@ def test_damage_is_refused_or_harmless(case: str, tmp_path: Path):
     # A checkpoint of lingua must say the position that its folder is named after.
     folder = tmp_path / "0000000024"
     make(folder)
-    content, choose = (folder / name).read_bytes(), random.Random(case)
+    content, choose = (
+        (folder / name).read_bytes(),
+        random.Random(case),
+    )
     expected, refused, times = read(folder), 0, rounds(whole)
 
     def damage_and_read() -> None:
@@ -235,7 +239,9 @@ def test_damage_is_refused_or_harmless(case: str, tmp_path: Path):
         for number in range(times):
             # Written anew: to write over a file makes the file system bring it to the disk.
             (folder / name).unlink()
-            (folder / name).write_bytes(mutated(content, choose, head))
+            by_value = name.endswith(".json") and choose.random() < 0.5
+            damaged = mutated_json(content, choose) if by_value else mutated(content, choose, head)
+            (folder / name).write_bytes(damaged)
             try:
                 found = read(folder)
             except USER_ERRORS as error:
@@ -251,5 +257,6 @@ def test_damage_is_refused_or_harmless(case: str, tmp_path: Path):
     grown = within(LIMIT, damage_and_read)
     print(f"\n{case}: {times} damages, {refused} refused, 0 silent; {grown / MIB:.0f} MiB")
     assert grown < GROWTH
-    # Many changes are to what matters, and there the reader must have looked.
-    assert refused > times // 10
+    # Many changes are to what matters, and there the reader must have looked. What a dead run's
+    # lease says matters to nobody.
+    assert refused > times // 10 or case == "lease"

@@ -247,6 +247,17 @@ def test_verify_holds_the_files_to_the_manifest(made, tmp_path, capsys):
         (["split", "a", "--shares", "1,x", "--outputs", "p", "q"], "--shares 1,x: give numbers"),
         (["split", "a", "--shares", "1", "--outputs", "p", "q"], "1 numbers for 2 outputs"),
         (["split", "a", "--shares", "1,0", "--outputs", "p", "q"], "each must be above 0"),
+        (
+            ["split", "a", "--shares", "nan,1", "--outputs", "p", "q"],
+            "--shares nan,1.0: each must be",
+        ),
+        (
+            ["split", "a", "--shares", "1e308,1e308", "--outputs", "p", "q"],
+            "each must be above 0, and finite",
+        ),
+        (["merge", "--input", "a", "--output-prefix", "p/"], "is no name of a pair"),
+        (["merge", "--input", "a", "--output-prefix", ""], "is no name of a pair"),
+        (["inspect", "a", "--first", "99999"], "--first 99999: a has documents 0 to 19"),
         (["split", "a", "--shares", "1,1", "--outputs", "p", "./p"], "written twice"),
         (["split", "a", "--shares", "1,9999", "--outputs", "p", "q"], "p: would hold no text"),
         (["split", "a", "--documents", "20", "--outputs", "p", "q"], "below the 20 documents"),
@@ -311,3 +322,13 @@ def test_help(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         run(command, "--help")
     assert f"{command} [-h]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--documents", "--first", "--vocab-size"])
+@pytest.mark.parametrize("value", ["-1", "1.5", "nan", str(10**30), "9" * 5000])
+def test_counts_that_are_none(pairs, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        run("inspect", pairs[0], f"{flag}={value}")
+    error = capsys.readouterr().err
+    assert f"argument {flag}: '" in error and "must be a whole number" in error
+    assert len(error) < 1000

@@ -73,6 +73,13 @@ def test_what_cannot_run_is_planned_anew(capsys: pytest.CaptureFixture):
         (["--gpu", "x100"], "--gpu x100 is not known: choose one of a100, h100"),
         (["--memory-parallel-size", "3", "--no-search"], "not a multiple of"),
         (["--unknown-flag", "3"], "--unknown-flag"),
+        *(
+            ([f"--gpu-{name}", value], f"--gpu-{name} {float(value)}: give a number above 0")
+            for name in ("memory", "network")
+            for value in ("0", "-1", "nan", "inf")
+        ),
+        (["--link-efficiency", "nan"], "--link-efficiency nan: give a part"),
+        (["--matrix-efficiency", "1.1"], "--matrix-efficiency 1.1: give a part"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture):

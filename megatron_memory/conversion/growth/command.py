@@ -23,7 +23,9 @@ from megatron_memory.conversion.growth.value_dim import grow_value_dim
 from megatron_memory.conversion.megatron import Layout, read_megatron, write_megatron
 from megatron_memory.conversion.progress import shown
 from megatron_memory.conversion.saved_state import SavedState
+from megatron_memory.conversion.unchanged import Unchanged
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
+from megatron_memory.training.checkpoint.finding import locate
 
 _VERIFIED_BY_ITSELF = 1_000_000_000
 _MOST_ROWS_ON_TRITON = 64
@@ -50,9 +52,11 @@ def run_add_memory(command: AddMemory, notify: Notify) -> None:
         raise ConfigurationError(
             "--memory-layers is missing: the layers to give a memory, for example centered:3:8."
         )
+    save, load = Path(command.checkpoints.save), Path(command.checkpoints.load)
+    unchanged = Unchanged(locate(load) if load.is_dir() else None)
     state = _read(command.checkpoints, notify)
     seed = _seed(state, command.initial, notify)
-    with output_folder(Path(command.checkpoints.save)) as folder:
+    with output_folder(save, load) as folder:
         with one_process(state.config):
             grown = add_memory(state, memory, seed)
         if grown.moments:
@@ -65,6 +69,7 @@ def run_add_memory(command: AddMemory, notify: Notify) -> None:
             )
         after = _write(grown, command.checkpoints, folder, notify)
         change = _measure(state, after, command.checking, notify)
+        unchanged.check()
         if change is not None and memory.beside_mlp and change.logits.largest_difference != 0:
             raise CheckpointError(
                 f"the model with memory is not the dense one: {change.logits}. Nothing is written"
@@ -80,9 +85,11 @@ def run_grow(command: Grow, notify: Notify) -> None:
     growth = command.growth
     if growth.half_keys is None and growth.value_dim is None:
         raise ConfigurationError("give --half-keys for more rows, --value-dim for wider ones.")
+    save, load = Path(command.checkpoints.save), Path(command.checkpoints.load)
+    unchanged = Unchanged(locate(load) if load.is_dir() else None)
     state = _read(command.checkpoints, notify)
     seed = _seed(state, command.initial, notify)
-    with output_folder(Path(command.checkpoints.save)) as folder:
+    with output_folder(save, load) as folder:
         grown = state
         if growth.value_dim is not None:
             with one_process(state.config):
@@ -103,6 +110,7 @@ def run_grow(command: Grow, notify: Notify) -> None:
             _tell_top_k(grown, notify)
         after = _write(grown, command.checkpoints, folder, notify)
         change = _measure(state, after, command.checking, notify)
+        unchanged.check()
         # Said so that NaN is refused.
         is_kept = change is None or change.logits.relative <= _ROUNDING
         if change is not None and _must_be_equal(command) and not is_kept:

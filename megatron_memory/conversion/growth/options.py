@@ -37,7 +37,7 @@ class Checking:
     probe_data: str | None = None
     """Prefix of a .bin and .idx whose first tokens are run, to say the loss, too. Without it:
     random tokens."""
-    probe_sequences: int = option(2, at_least=1)
+    probe_sequences: int = option(2, at_least=1, at_most=4096)
     """Sequences of tokens that are run."""
     probe_length: int = option(48, at_least=2)
     """Tokens of each, of --max-position-embeddings at most."""

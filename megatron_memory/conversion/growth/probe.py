@@ -15,7 +15,7 @@ from megatron_memory.conversion.growth.tensors import table_names
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.conversion.verify import LogitsReport, logits_report
 from megatron_memory.data.index_files import check_indexed_dataset
-from megatron_memory.exceptions import ConfigurationError
+from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.memory.routing import Route
 
 _SEED = 20241212
@@ -95,7 +95,10 @@ def _tokens(state: SavedState, checking: Checking) -> Tensor:
     if checking.probe_data is None:
         generator = torch.Generator().manual_seed(_SEED)
         return torch.randint(0, state.vocab_size, shape, generator=generator)
-    summary = check_indexed_dataset(checking.probe_data)
+    try:
+        summary = check_indexed_dataset(checking.probe_data)
+    except DataError as error:
+        raise DataError(f"--probe-data {checking.probe_data}: {error}") from error
     wanted = shape[0] * shape[1]
     if summary.num_tokens < wanted:
         raise ConfigurationError(

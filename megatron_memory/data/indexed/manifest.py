@@ -1,12 +1,60 @@
 """The manifest beside a `.bin`/`.idx` pair: where its tokens come from."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_memory.exceptions import DataError
 from megatron_memory.reading.documents import LARGEST_JSON, parse_json, read_bounded
-from megatron_memory.reading.pickles import UnsafeFile
+from megatron_memory.reading.pickles import UnsafeFile, shown
 
 FORMAT = 1
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_tokenizer(value: Any) -> bool:
+    """What it says of a tokenizer, where it says it."""
+    return isinstance(value, dict) and all(
+        value.get(name) is None or holds(value[name]) for name, holds in _OF_TOKENIZER.items()
+    )
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+_OF_TOKENIZER = {
+    "type": _is_text,
+    "model": _is_text,
+    "vocab_size": _is_count,
+    "eod": _is_count,
+    "hash": _is_text,
+}
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (lambda value: type(value) is int and value == FORMAT, f"{FORMAT}"),
+    "made_by": (_is_text, "a text"),
+    "documents": (_is_count, "a whole number, 0 or more"),
+    "sequences": (_is_count, "a whole number, 0 or more"),
+    "tokens": (_is_count, "a whole number, 0 or more"),
+    "dtype": (_is_text, "a text"),
+    "tokenizer": (_is_tokenizer, f"an object of {', '.join(_OF_TOKENIZER)}"),
+    "append_eod": (_is_flag, "true or false"),
+    "include_special_tokens": (_is_flag, "true or false"),
+    "json_key": (_is_text, "a text"),
+    "skipped_lines": (_is_count, "a whole number, 0 or more"),
+    "sources": (_is_list_of_objects, "a list of objects"),
+    "run": (_is_text, "a text"),
+}
 
 
 def manifest_path(prefix: str) -> str:
@@ -18,7 +66,7 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     """The manifest of a pair; None where it has none, as pairs of other programs.
 
     Raises:
-        DataError: it is damaged.
+        DataError: it is damaged, or a value is of another kind.
     """
     path = manifest_path(prefix)
     try:
@@ -29,8 +77,14 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
         raise DataError(
             f"{path}: the manifest cannot be read ({error}). Remove it, or preprocess again"
         ) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("tokenizer", {}), dict):
+    if not isinstance(manifest, dict):
         raise DataError(f"{path}: not a manifest. Remove it, or preprocess again")
+    for name, (holds, expected) in _EXPECTED.items():
+        if name in manifest and not holds(manifest[name]):
+            raise DataError(
+                f"{path}: not a manifest: {name} is {shown(manifest[name]):.80}, and must be "
+                f"{expected}. Remove it, or preprocess again"
+            )
     return manifest
 
 

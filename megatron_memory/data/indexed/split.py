@@ -1,5 +1,6 @@
 """One pair into several."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,11 @@ def split(prefix: str, outputs: Sequence[str], shares: Sequence[float]) -> list[
         raise ConfigurationError(
             f"--shares has {len(shares)} numbers for {len(outputs)} outputs. Give one for each"
         )
-    if min(shares) <= 0:
-        raise ConfigurationError(f"--shares {list(shares)}: each must be above 0")
+    # Of finite ones the sum may still not be.
+    if not (min(shares) > 0 and math.isfinite(sum(shares))):
+        raise ConfigurationError(
+            f"--shares {','.join(map(str, shares))}: each must be above 0, and finite"
+        )
     pair = check_indexed_dataset(prefix)
     total, sum_before, ends = sum(shares), 0.0, []
     for share in shares:

@@ -144,7 +144,7 @@ def publish_pair(prefix: str, manifest: dict[str, Any] | None) -> None:
     if os.path.exists(_partial_idx(prefix)):
         os.replace(_partial_idx(prefix), idx_path(prefix))
     if manifest is not None:
-        write_durably(manifest_path(prefix), json.dumps(manifest, indent=2) + "\n")
+        _write_manifest(prefix, json.dumps(manifest, indent=2) + "\n")
     remove_partial(prefix)
 
 
@@ -155,7 +155,8 @@ def has_partial(prefix: str) -> bool:
 
 def remove_partial(prefix: str) -> None:
     """Remove an unfinished pair."""
-    for path in (_partial_bin, _partial_idx, _partial_lengths, _partial_documents):
+    paths = (_partial_bin, _partial_idx, _partial_lengths, _partial_documents, _partial_manifest)
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path(prefix))
 
@@ -163,26 +164,22 @@ def remove_partial(prefix: str) -> None:
 def write_error(names: str, error: OSError) -> DataError:
     """What to say of an output that cannot be written."""
     if error.errno in _DISK_FULL:
+        room = "Raise ulimit -f" if error.errno == errno.EFBIG else "Make room there"
         return DataError(
             f"{names}: cannot be written: {error.strerror}. Nothing that was there is changed. "
-            "Make room there, or write the output elsewhere"
+            f"{room}, or write the output elsewhere"
         )
     return DataError(f"{names}: cannot be written ({error})")
 
 
-def write_durably(path: str, text: str) -> None:
-    """Write a small file whole, or not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+def _write_manifest(prefix: str, text: str) -> None:
+    """Whole, or not at all."""
+    temporary = _partial_manifest(prefix)
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, manifest_path(prefix))
 
 
 def _partial_bin(prefix: str) -> str:
@@ -201,16 +198,23 @@ def _partial_documents(prefix: str) -> str:
     return f"{prefix}.documents.partial"
 
 
+def _partial_manifest(prefix: str) -> str:
+    return manifest_path(prefix) + ".partial"
+
+
 def _open_at(path: str, size: int) -> BinaryIO:
-    """A file to append to, cut to `size` bytes."""
-    stream = open(path, "r+b" if size else "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
-    found = os.fstat(stream.fileno()).st_size
+    """A file to append to, cut to `size` bytes.
+
+    Raises:
+        DataError: it has fewer, or is missing.
+    """
+    found = os.path.getsize(path) if size and os.path.exists(path) else 0
     if found < size:
-        stream.close()
         raise DataError(
-            f"{path}: {found} bytes, where the interrupted run had written {size}. Remove it and "
-            "start over without --resume"
+            f"{path}: {found} bytes, where the interrupted run had written {size}. Remove the "
+            "output's .journal and start over without --resume"
         )
+    stream = open(path, "r+b" if size else "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
     stream.truncate(size)
     stream.seek(size)
     return stream

@@ -91,6 +91,7 @@ def manifests_of(
             "include_special_tokens": options.tokenizer_hf_include_special_tokens,
             "json_key": key,
             "skipped_lines": state.num_skipped,
+            "max_document_bytes": options.max_document_bytes,
             "sources": sources,
             "run": identity_hash(identity),
         }

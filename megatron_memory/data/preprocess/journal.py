@@ -1,7 +1,8 @@
 """How far a run has come, written down so that another process can go on from there.
 
 A file of JSON lines: first what the run was told, then now and then how much of each output and
-input is done, and in the end the manifests. A line that a crash cut off does not count.
+input is done, and in the end the manifests. A line that a crash cut off does not count. Each has a
+sum of itself and all before it: a wrong digit would leave documents out, or repeat some.
 """
 
 import contextlib
@@ -9,11 +10,16 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Collection, Iterator
 from typing import Any
+
+import xxhash
 
 from megatron_memory.data.indexed.writer import Extent
 from megatron_memory.data.preprocess.blocks import Position
 from megatron_memory.exceptions import DataError
+from megatron_memory.reading.documents import LARGEST_JSON, parse_json, read_bounded
+from megatron_memory.reading.pickles import UnsafeFile
 
 Identity = dict[str, Any]
 """All that the output depends on: options, tokenizer, inputs."""
@@ -46,47 +52,84 @@ class Journal:
         self.manifests: dict[str, dict] | None = None
         """Of each output, if only their names are missing."""
         self._stream: Any = None
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as stream:
-            self._load(stream.read().split(b"\n"))
+        self._sum = ""
+        self._num_bytes = 0
+        """Of whole lines, which are what counts."""
+        with contextlib.suppress(FileNotFoundError):
+            self._load()
 
-    def _load(self, lines: list[bytes]) -> None:
+    def _load(self) -> None:
         try:
+            content = read_bounded(self.path, LARGEST_JSON)
             # Behind the last newline is nothing, or a line that a crash cut off.
-            entries = [json.loads(line) for line in lines[:-1]]
+            self._num_bytes = content.rfind(b"\n") + 1
+            entries = [*self._entries(content.split(b"\n")[:-1])]
             if not entries:
                 return
             identity = entries[0]["identity"]
             for entry in entries[1:]:
-                self.manifests = entry.get("manifests")
+                manifests = entry.get("manifests")
+                self.manifests = None if manifests is None else self._by_path(manifests)
                 if "extents" in entry:
-                    self.state = _state_from(entry, self.state)
+                    self.state = self._state_from(entry)
             self.identity = identity
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except FileNotFoundError:
+            raise
+        except (OSError, UnsafeFile, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{self.path}: damaged ({error}). Remove it to start over without --resume"
+                f"{self.path}: damaged, or of an older version ({error}). Remove it to start over "
+                "without --resume"
             ) from error
+
+    def _entries(self, lines: list[bytes]) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(lines, 1):
+            entry = parse_json(line)
+            said = entry.pop("sum", None)
+            self._sum = _sum(self._sum, entry)
+            if said != self._sum:
+                raise UnsafeFile(f"line {number} is not what was written")
+            yield entry
+
+    def _by_path(self, by_name: dict[str, Any]) -> dict[str, Any]:
+        """The outputs lie beside the journal, wherever a run finds it."""
+        folder = os.path.dirname(self.path)
+        return {os.path.join(folder, name): value for name, value in by_name.items()}
+
+    def check_outputs(self, prefixes: Collection[str]) -> None:
+        """That the interrupted run wrote these outputs.
+
+        Raises:
+            DataError: it wrote others: some file was given another name.
+        """
+        written = self.manifests or (self.state.extents if self.state else None)
+        if written is not None and written.keys() != set(prefixes):
+            raise DataError(
+                f"{self.path}: is of {', '.join(sorted(written))}, and not of "
+                f"{', '.join(sorted(prefixes))}: give the files their names back, or remove this "
+                "one to start over without --resume"
+            )
 
     def begin(self, identity: Identity) -> None:
         """Write a new journal in place of any there was."""
         self.close()
         self._stream = open(self.path, "wb")  # noqa: SIM115
+        self._sum = ""
         self.identity, self.state, self.manifests = identity, None, None
         self._append({"identity": identity})
 
     def go_on(self) -> None:
         """Append to the journal that was there."""
-        with open(self.path, "rb") as stream:
-            complete = stream.read().rfind(b"\n") + 1
         self._stream = open(self.path, "r+b")  # noqa: SIM115
-        self._stream.truncate(complete)
-        self._stream.seek(complete)
+        self._stream.truncate(self._num_bytes)
+        self._stream.seek(self._num_bytes)
 
     def record(self, state: State) -> None:
         """Write down how far the run is; what it says must be on the disk."""
         before = self.state.finished_sources if self.state else {}
         entry = {
             "extents": {
-                prefix: dataclasses.astuple(extent) for prefix, extent in state.extents.items()
+                os.path.basename(prefix): dataclasses.astuple(extent)
+                for prefix, extent in state.extents.items()
             },
             "position": dataclasses.asdict(state.position),
             "num_skipped": state.num_skipped,
@@ -103,7 +146,8 @@ class Journal:
 
     def finish(self, manifests: dict[str, dict]) -> None:
         """Write down that the outputs are complete but for their names."""
-        self._append({"manifests": manifests})
+        by_name = {os.path.basename(prefix): manifest for prefix, manifest in manifests.items()}
+        self._append({"manifests": by_name})
         self.manifests = manifests
 
     def remove(self) -> None:
@@ -120,29 +164,33 @@ class Journal:
             self._stream = None
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(entry).encode() + b"\n")
+        self._sum = _sum(self._sum, entry)
+        self._stream.write(json.dumps(entry | {"sum": self._sum}).encode() + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+    def _state_from(self, entry: dict[str, Any]) -> State:
+        finished = dict(self.state.finished_sources) if self.state else {}
+        for source, position in entry["finished_sources"].items():
+            finished[int(source)] = Position(**position)
+        extents = {}
+        for name, (tokens, sequences, documents) in self._by_path(entry["extents"]).items():
+            extents[name] = Extent(
+                num_tokens=tokens, num_sequences=sequences, num_documents=documents
+            )
+        return State(
+            extents=extents,
+            position=Position(**entry["position"]),
+            finished_sources=finished,
+            num_skipped=entry["num_skipped"],
+            num_bytes=entry["num_bytes"],
+        )
+
+
+def _sum(before: str, entry: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(before.encode() + json.dumps(entry).encode()).hexdigest()
 
 
 def identity_hash(identity: Identity) -> str:
     """A name for all that an output depends on."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _state_from(entry: dict[str, Any], before: State | None) -> State:
-    finished = dict(before.finished_sources) if before else {}
-    for source, position in entry["finished_sources"].items():
-        finished[int(source)] = Position(**position)
-    extents = {}
-    for prefix, (tokens, sequences, documents) in entry["extents"].items():
-        extents[prefix] = Extent(
-            num_tokens=tokens, num_sequences=sequences, num_documents=documents
-        )
-    return State(
-        extents=extents,
-        position=Position(**entry["position"]),
-        finished_sources=finished,
-        num_skipped=entry["num_skipped"],
-        num_bytes=entry["num_bytes"],
-    )

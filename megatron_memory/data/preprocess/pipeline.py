@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-from megatron_memory.data.indexed.format import idx_path, smallest_dtype
+from megatron_memory.data.index_files import check_indexed_dataset
+from megatron_memory.data.indexed.format import smallest_dtype
 from megatron_memory.data.indexed.lock import OutputLock
 from megatron_memory.data.indexed.manifest import read_manifest
 from megatron_memory.data.preprocess.blocks import Block, RecordLimit
@@ -84,6 +85,8 @@ class _Run:
             )
         if self.journal.identity is not None and self.options.resume:
             check_same_run(self.journal.identity, self.identity, self.journal.path)
+            self.journal.check_outputs(self.prefixes.values())
+            self._check_skipped()
         if self.options.resume and self._is_complete():
             print("--resume: nothing is left to do", file=sys.stderr)
             return
@@ -117,9 +120,28 @@ class _Run:
             return False
         manifests = [read_manifest(prefix) for prefix in self.prefixes.values()]
         return all(
-            manifest is not None and manifest.get("run") == identity_hash(self.identity)
+            manifest is not None
+            and manifest.get("run") == identity_hash(self.identity)
+            and not self._would_skip_others(manifest)
             for manifest in manifests
-        ) and all(os.path.exists(idx_path(prefix)) for prefix in self.prefixes.values())
+        ) and all(map(_is_whole, self.prefixes.values()))
+
+    def _check_skipped(self) -> None:
+        """That no line is missing which these options would have."""
+        state = self.journal.state
+        if state is not None and state.num_skipped and self.options.on_error == "stop":
+            raise DataError(
+                f"--resume: the interrupted run has skipped {state.num_skipped:,} bad lines, and "
+                "--on-error is stop now. Give --on-error skip, or remove "
+                f"{self.journal.path} to start over"
+            )
+
+    def _would_skip_others(self, manifest: dict) -> bool:
+        """Whether a complete output lacks lines that these options would have, or stop at."""
+        limit = self.options.max_document_bytes
+        return bool(manifest.get("skipped_lines")) and (
+            self.options.on_error == "stop" or manifest.get("max_document_bytes", limit) != limit
+        )
 
     def _encode_all(self, *, fast: bool) -> None:
         outputs = Outputs(self.prefixes, self.dtype, self.journal)
@@ -205,3 +227,11 @@ class _Run:
         except TokenMismatch as mismatch:
             print(f"{mismatch}; encoding without gigatoken", file=sys.stderr)
             return slow, blocks
+
+
+def _is_whole(prefix: str) -> bool:
+    try:
+        check_indexed_dataset(prefix)
+    except DataError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """Reads the inputs, in order, in blocks that are worth sending to another process."""
 
 import dataclasses
+import errno
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -72,10 +73,16 @@ def _read_lines(path: str, position: Position, limit: RecordLimit) -> Iterator[L
                         problem=limit.problem if piece.is_long else None,
                     )
     except (EOFError, OSError) as error:
-        raise DataError(
-            f"--input {path}: cannot be read ({error}). A compressed file may be cut "
-            "off: test it with gzip -t or zstd -t, and copy or make it again"
-        ) from error
+        raise DataError(f"--input {path}: cannot be read ({error}). {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Raise the limit of open files: ulimit -n"
+    return (
+        "A compressed file may be cut off: test it with gzip -t or zstd -t, and copy or make it "
+        "again"
+    )
 
 
 def _skip(path: str, stream: BinaryIO, position: Position, *, seekable: bool) -> None:

@@ -21,6 +21,7 @@ from megatron_memory.data.tokenizers import (
     num_ids_of,
 )
 from megatron_memory.exceptions import DataError
+from megatron_memory.reading.documents import LARGEST_JSON, read_bounded
 from megatron_memory.reading.panics import panics_as_errors, without_panics
 from megatron_memory.reading.tokenizer_files import check_tokenizer_files
 
@@ -109,8 +110,7 @@ def _load_plain_folder(options: TokenizerOptions) -> TextTokenizer | None:
 
 
 def _read_text(path: str) -> str:
-    with open(path, encoding="utf-8") as stream:
-        return stream.read()
+    return read_bounded(path, LARGEST_JSON).decode("utf-8")
 
 
 def _plain_named_tokens(definition: dict, config: dict) -> dict[str, str] | None:

@@ -51,8 +51,18 @@ class _Pool:
     def __init__(self, function: Callable, num_workers: int) -> None:
         # Forked workers inherit what is imported and loaded, which costs seconds, and a function
         # need not be picklable.
-        context: Any = multiprocessing.get_context("fork")
         self.processes: dict[Connection, Any] = {}
+        try:
+            self._start(function, num_workers)
+        except OSError as error:
+            self.close()
+            raise WorkerError(
+                f"--workers {num_workers}: they cannot be started ({error}). Use fewer, or raise "
+                "the limit (ulimit -n: open files, -u: processes, -v: memory)"
+            ) from error
+
+    def _start(self, function: Callable, num_workers: int) -> None:
+        context: Any = multiprocessing.get_context("fork")
         for number in range(num_workers):
             ours, theirs = context.Pipe()
             inherited = (*self.processes, ours)
@@ -159,7 +169,8 @@ def _work(
     while True:
         try:
             number, item = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            # The parent has ended. A socket that it left with an answer in it says "reset".
             return
         try:
             answer = (number, "result", function(item))
@@ -169,5 +180,5 @@ def _work(
             answer = (number, "failure", traceback.format_exc())
         try:
             connection.send(answer)
-        except BrokenPipeError:
+        except OSError:
             return

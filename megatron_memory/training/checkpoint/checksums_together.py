@@ -7,6 +7,7 @@ one thread that loads.
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,7 +100,7 @@ def compared_meanwhile(
         yield False
         return
     mine, stop = _ranks_with(folder), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=_give_way) as pool:
         summing = pool.submit(_sum_share, folder, sums, mine, stop)
         try:
             yield True
@@ -130,6 +131,14 @@ def _ranks_with(folder: Path) -> list[int]:
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, _identity(folder))
     return [rank for rank, identity in enumerate(seen) if identity == seen[dist.get_rank()]]
+
+
+def _give_way() -> None:
+    """Let this thread, and those it starts, run where a processor would be idle: what loads comes
+    first."""
+    # Of other systems the whole process would give way.
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _sum_share(folder: Path, sums: Sums, ranks: list[int], stop: threading.Event) -> Digests:

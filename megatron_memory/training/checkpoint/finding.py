@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def locate(load: Path) -> Path | None:
     Raises:
         CheckpointError: the tracker is damaged.
     """
+    # Unlike Path.is_dir these do not raise on a name that is too long, or on one within a file.
+    if os.path.lexists(load) and not os.path.isdir(load):
+        raise CheckpointError(f"--load {load}: is no folder. Give the one that a run saved to")
     if folders.iteration_of(load) is not None:
         return load
     iteration = folders.read_tracker(load)
@@ -134,11 +138,11 @@ def read_common(folder: Path, metadata: Metadata | None = None) -> dict[str, Any
     Raises:
         CheckpointError: they are damaged, hold code, or contradict the folder's name.
     """
-    common = read_values(folder, metadata)
+    common, path = read_values(folder, metadata)
     try:
         check_plain_values(common, folders.iteration_of(folder))
     except UnsafeFile as error:
-        raise CheckpointError(f"{folder}: its plain values are damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     return common
 
 
@@ -218,6 +222,13 @@ def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
             raise CheckpointError(f"--load {load}: there is no checkpoint. Check the path")
         notify(f"no checkpoint in {load}: starting from random weights")
         return None
+    if found.folder != load:
+        newest = ask_first_rank(lambda: max(folders.saved_iterations(load), default=0))
+        if newest > (folders.iteration_of(found.folder) or 0):
+            notify(
+                f"{load / folders.TRACKER} names {found.folder.name}, though iteration {newest} is "
+                f"there as well: --load {folders.published_folder(load, newest)} takes that one"
+            )
     check_load_is_alike(found.folder)
     if not checkpoint.finetune:
         _require_ours(found, with_optimizer=not checkpoint.no_load_optim)

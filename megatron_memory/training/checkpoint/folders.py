@@ -61,19 +61,23 @@ def read_tracker(root: Path) -> int | None:
     Raises:
         CheckpointError: the tracker does not hold a number.
     """
+    return _read_iteration(root / TRACKER)
+
+
+def _read_iteration(tracker: Path) -> int | None:
     try:
-        text = read_bounded(root / TRACKER, _LONGEST_TRACKER).decode("ascii").strip()
+        text = read_bounded(tracker, _LONGEST_TRACKER).decode("ascii").strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, UnsafeFile) as error:
         raise CheckpointError(
-            f"{root / TRACKER} cannot be read: {error}. Write the iteration of a complete "
-            f"checkpoint into it: {_listed(saved_iterations(root))}"
+            f"{tracker} cannot be read: {error}. Write the iteration of a complete "
+            f"checkpoint into it: {_listed(saved_iterations(tracker.parent))}"
         ) from error
     if not text.isdecimal():
         raise CheckpointError(
-            f"{root / TRACKER} says {text[:40]!r}, which is not an iteration. Write the iteration "
-            f"of a complete checkpoint into it: {_listed(saved_iterations(root))}"
+            f"{tracker} says {text[:40]!r}, which is not an iteration. Write the iteration "
+            f"of a complete checkpoint into it: {_listed(saved_iterations(tracker.parent))}"
         )
     return int(text)
 
@@ -94,6 +98,8 @@ def begin(root: Path, iteration: int, run: str | None = None) -> Path:
 def remove_leftovers(root: Path) -> list[str]:
     """Delete what unfinished saves left behind; for the only run that writes there.
 
+    Call `finish_publishing` before.
+
     Returns:
         names of the folders.
     """
@@ -101,8 +107,9 @@ def remove_leftovers(root: Path) -> list[str]:
     for name in names:
         # A dead run's writer may still be at it; its folder's name is not ours, so it may stay.
         shutil.rmtree(root / name, ignore_errors=True)
-    for file in root.glob(f".{TRACKER}.*.tmp"):
-        file.unlink(missing_ok=True)
+    for name in (TRACKER, CONFIG_FILE):
+        for file in root.glob(f".{name}.*.tmp"):
+            file.unlink(missing_ok=True)
     return names
 
 
@@ -110,6 +117,18 @@ def publish(root: Path, iteration: int, run: str | None = None) -> Path:
     """Give a completely written checkpoint its name, then point the tracker to it."""
     incomplete, folder = incomplete_folder(root, iteration, run), iteration_folder(root, iteration)
     _sync_to_disk(incomplete)
+    # Before the folder has its name: `finish_publishing` finds it where this is interrupted.
+    tracker = _write_next_tracker(root, iteration)
+    try:
+        _rename(incomplete, folder)
+    except OSError:
+        tracker.unlink(missing_ok=True)
+        raise
+    _put_tracker(root, tracker)
+    return folder
+
+
+def _rename(incomplete: Path, folder: Path) -> None:
     replaced = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
         if replaced.exists():
@@ -118,18 +137,51 @@ def publish(root: Path, iteration: int, run: str | None = None) -> Path:
     os.rename(incomplete, folder)
     if replaced.exists():
         shutil.rmtree(replaced)
-    write_tracker(root, iteration)
-    return folder
+
+
+def finish_publishing(root: Path) -> int | None:
+    """Point the tracker to a complete checkpoint whose publication was interrupted.
+
+    For the only run that writes there. Other checkpoints after the tracker's are left alone:
+    somebody who wants to go back may have changed it by hand.
+
+    Returns:
+        the iteration; None where none was interrupted.
+    """
+    tracker, finished = root / TRACKER, None
+    for file in sorted(root.glob(f".{TRACKER}.*.tmp"), key=_changed):
+        try:
+            iteration = _read_iteration(file)
+        except CheckpointError:
+            continue
+        if iteration is None or not iteration_folder(root, iteration).is_dir():
+            continue
+        if not tracker.exists() or _changed(tracker) <= _changed(file):
+            _put_tracker(root, file)
+            finished = iteration
+    return finished
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Say which checkpoint is the newest, in one step."""
+    _put_tracker(root, _write_next_tracker(root, iteration))
+
+
+def _write_next_tracker(root: Path, iteration: int) -> Path:
     temporary = root / f".{TRACKER}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(f"{iteration}\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, root / TRACKER)
+    return temporary
+
+
+def _put_tracker(root: Path, written: Path) -> None:
+    os.replace(written, root / TRACKER)
     _sync(root)
 
 

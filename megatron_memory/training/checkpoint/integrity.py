@@ -1,11 +1,12 @@
 """Is a checkpoint whole, and what is in it: answered before any tensor is read."""
 
+import os
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.reading.documents import read_json
+from megatron_memory.reading.documents import open_regular, read_json
 from megatron_memory.reading.pickles import UnsafeFile
 from megatron_memory.reading.torch_files import check_torch_stream
 from megatron_memory.training.checkpoint.common_state import COMMON_FILE, has_common
@@ -45,7 +46,8 @@ def check_stored(folder: Path, metadata: Metadata) -> None:
     """
     for name, end in stored_lengths(metadata, folder).items():
         file = folder / name
-        if not file.is_file():
+        # Unlike Path.is_file it does not raise on a name that is too long.
+        if not os.path.isfile(file):
             raise CheckpointError(f"{file} is missing")
         size = file.stat().st_size
         if size < end:
@@ -85,9 +87,11 @@ def _check_format(path: Path) -> None:
 
 def _check_common(path: Path) -> None:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             check_torch_stream(stream, verify=True)
-    except (UnsafeFile, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except UnsafeFile as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
 
 

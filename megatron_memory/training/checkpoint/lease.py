@@ -5,6 +5,10 @@ run that finds the file decides whether its owner lives:
 
 - on this machine by the process: its number, and when it started, for numbers are used again;
 - on another one by the heartbeat, which the file system's own clock dates: machines' clocks differ.
+
+Where somebody has deleted the file, or the whole folder, the run takes the right again, unless
+another run has been there meanwhile: one that writes holds the file, and one that has ended has
+left another tracker.
 """
 
 import contextlib
@@ -21,6 +25,7 @@ from pathlib import Path
 
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.runtime.processes import machine, started
+from megatron_memory.training.checkpoint import folders
 
 LEASE_FILE = "writer.json"
 _SECONDS_BETWEEN_BEATS = 5.0
@@ -52,7 +57,7 @@ class Lease:
 
     Args:
         root: the folder; made where it is missing.
-        say: told before waiting for another run's heartbeat.
+        say: told before waiting for another run's heartbeat, and of a file that was deleted.
 
     Raises:
         CheckpointError: another run holds it.
@@ -63,12 +68,15 @@ class Lease:
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / LEASE_FILE
         self.owner = _this_process()
+        self._say = say
         self._released = threading.Event()
         while not self._create():
             seen = _read(self.path)
             if seen is not None:
                 self._require_dead(*seen, say)
                 self._take_from(seen[0])
+        self._device = root.stat().st_dev
+        self.remember()
         self._heart = threading.Thread(target=self._beat, name="lease of --save", daemon=True)
         self._heart.start()
 
@@ -77,25 +85,54 @@ class Lease:
         """Name of the run that holds it."""
         return self.owner.run
 
+    def remember(self) -> None:
+        """What this run has just written there is its own: see `require`."""
+        self._tracker = _version(self.path.with_name(folders.TRACKER))
+
     def require(self) -> None:
         """That it is still this run's: a run that was stopped for a while may have lost it.
 
+        A file that somebody has deleted is written again, and so is the folder.
+
         Raises:
-            CheckpointError: another run has taken it, or somebody has deleted it.
+            CheckpointError: another run has taken it, or has written there.
+            OSError: the folder is gone and cannot be made.
         """
         seen = _read(self.path)
+        if seen is None:
+            seen = self._take_again()
         if seen is None or seen[0] != self.owner:
-            now = "somebody has deleted that file" if seen is None else f"{seen[0]} holds it now"
+            now = "another run has saved there since" if seen is None else f"{seen[0]} holds it now"
             raise CheckpointError(
                 f"{self.path} is no longer this run's ({now}), so that this run may not write "
                 "there any more. Go on from the newest checkpoint with --load when nobody writes"
             )
+
+    def _take_again(self) -> tuple[Owner | None, float] | None:
+        """Who holds it now; None: nobody, and this run may not."""
+        root = self.path.parent
+        root.mkdir(parents=True, exist_ok=True)
+        if root.stat().st_dev != self._device:
+            raise OSError(errno.ESTALE, "another file system was there before", str(root))
+        if not self._create():
+            return _read(self.path)
+        # Looked at only now, when no other run can be writing any more.
+        tracker = _version(root / folders.TRACKER)
+        is_empty = tracker is None and not folders.saved_iterations(root)
+        if tracker != self._tracker and not is_empty:
+            self._remove_own()
+            return None
+        self._say(f"{self.path} was deleted: this run writes it again, for no other run has it")
+        return _read(self.path)
 
     def release(self) -> None:
         """Let others write. Doing it again changes nothing."""
         if self._released.is_set():
             return
         self._released.set()
+        self._remove_own()
+
+    def _remove_own(self) -> None:
         seen = _read(self.path)
         if seen is not None and seen[0] == self.owner:
             self.path.unlink(missing_ok=True)
@@ -105,9 +142,9 @@ class Lease:
             # A disk that fails for a while is no reason to end here: `require` finds what was lost.
             with contextlib.suppress(OSError):
                 seen = _read(self.path)
-                if seen is None or seen[0] != self.owner:
-                    return
-                os.utime(self.path)
+                # It may be deleted and written again.
+                if seen is not None and seen[0] == self.owner:
+                    os.utime(self.path)
 
     def _create(self) -> bool:
         """Whether the file was made, with its content from the first moment."""
@@ -126,7 +163,8 @@ class Lease:
     def _require_dead(self, owner: Owner | None, beat: float, say: Callable[[str], None]) -> None:
         here = self.owner
         if owner is not None and owner.machine == here.machine:
-            alive = owner.pid != here.pid and started(owner.pid) == owner.started
+            now = started(owner.pid)
+            alive = owner.pid != here.pid and now != "" and now == owner.started
         else:
             alive = self._hear(owner, beat, say)
         if alive:
@@ -181,17 +219,27 @@ def _this_process() -> Owner:
 def _read(path: Path) -> tuple[Owner | None, float] | None:
     """The owner, None where the file does not say, and the last heartbeat; None: no file."""
     try:
-        # Opened first: a network file system then asks its server for the time, too.
-        with open(path, "rb") as file:
+        # Opened first: a network file system then asks its server for the time, too. Waits for no
+        # pipe that somebody put there.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             beat, content = os.fstat(file.fileno()).st_mtime, file.read(10_000)
     except FileNotFoundError:
-        return None
+        return (None, os.lstat(path).st_mtime) if path.is_symlink() else None
     try:
         owner = Owner(**json.loads(content))
         valid = all(isinstance(v, str) for k, v in vars(owner).items() if k != "pid")
         return (owner if valid and isinstance(owner.pid, int) else None), beat
     except (ValueError, TypeError, RecursionError):
         return None, beat
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """Another one after each time that the file was written; None where it is missing."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _now(path: Path) -> float:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.reading.documents import open_regular
 from megatron_memory.reading.pickles import Maker, UnsafeFile, read_pickle, shown
 from megatron_memory.reading.torch_files import dtype_called
 
@@ -48,7 +49,8 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / METADATA_FILE
     try:
-        metadata = read_pickle(path.read_bytes(), _find, key_types=(MetadataIndex,))
+        with open_regular(path) as stream:
+            metadata = read_pickle(stream.read(), _find, key_types=(MetadataIndex,))
         if type(metadata) is not Metadata:
             raise UnsafeFile("it does not describe a checkpoint")
     except FileNotFoundError:

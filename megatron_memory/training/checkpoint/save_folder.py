@@ -35,10 +35,10 @@ def only_writer(checkpoint: CheckpointConfig, say: Callable[[str], None]) -> Ite
     """
     held: list[Lease] = []
 
-    def hold(root: Path) -> list[str]:
+    def hold(root: Path) -> tuple[int | None, list[str]]:
         try:
             held.append(Lease(root, say))
-            return folders.remove_leftovers(root)
+            return folders.finish_publishing(root), folders.remove_leftovers(root)
         except OSError as error:
             raise CheckpointError(
                 f"--save {root} cannot be written to: {described(error)}. {advice(error.errno)}"
@@ -47,7 +47,13 @@ def only_writer(checkpoint: CheckpointConfig, say: Callable[[str], None]) -> Ite
     try:
         if checkpoint.save is not None:
             root = Path(checkpoint.save)
-            for name in ask_first_rank(lambda: hold(root)):
+            finished, removed = ask_first_rank(lambda: hold(root))
+            if finished is not None:
+                say(
+                    f"{root}: an earlier run was ended while it published iteration {finished}, "
+                    "which is complete: it is the newest"
+                )
+            for name in removed:
                 say(f"{root / name} was left unfinished by an earlier run: deleted")
         yield held[0] if held else None
     finally:
@@ -144,7 +150,13 @@ def make_way(checkpoint: CheckpointConfig, loaded: Path | None) -> str | None:
         os.rename(folder, folders.iteration_folder(earlier, number))
     folders.write_tracker(earlier, saved[-1])
     which = f"{saved[0]} to {saved[-1]}" if len(saved) > 1 else str(saved[0])
-    return f"checkpoints of iteration {which} are of another run: moved to {earlier}"
+    if checkpoint.start_anew:
+        return f"--start-anew: checkpoints of iteration {which} are moved to {earlier}"
+    return (
+        f"this run goes on from iteration {iteration}: checkpoints of iteration {which}, which "
+        f"are newer, are moved to {earlier}. To go on from those instead: --load {earlier} "
+        f"--save {earlier}"
+    )
 
 
 def _next_earlier(root: Path) -> str:

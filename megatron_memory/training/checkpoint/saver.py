@@ -76,7 +76,12 @@ class CheckpointSaver:
         decides."""
         writer_errors.install()
         start_writer_queue()
-        ask_first_rank(lambda: save_config(self._config, self._root / folders.CONFIG_FILE))
+        ask_first_rank(self._begin)
+
+    def _begin(self) -> None:
+        save_config(self._config, self._root / folders.CONFIG_FILE)
+        if self._lease is not None:
+            self._lease.remember()
 
     def save(self, position: Position, more: Mapping[str, Any] | None = None) -> Path | None:
         """Write a checkpoint; with `--async-save` it is complete only after a later `poll`.
@@ -177,6 +182,7 @@ class CheckpointSaver:
             folder,
             self._strategy,
             state.content_metadata(self._setup.config),
+            _without_empty,
         )
         self._first_rank_writes(writer_errors.raise_kept)
         if self._has_sums:
@@ -252,6 +258,11 @@ class CheckpointSaver:
         if self._has_sums:
             join_sums(folder, self._setup.config.checkpoint.checksums)
         folders.publish(self._root, iteration, self._run)
+        # Where the whole folder was deleted, this is gone, too.
+        if not (self._root / folders.CONFIG_FILE).exists():
+            save_config(self._config, self._root / folders.CONFIG_FILE)
+        if self._lease is not None:
+            self._lease.remember()
 
     def _prune(self, iteration: int, keep_last: int) -> None:
         try:
@@ -262,6 +273,13 @@ class CheckpointSaver:
             )
         except _NotWritten as error:
             self._say(f"--keep-last {keep_last}: an old checkpoint could not be deleted: {error}")
+
+
+def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
+    """What megatron-core compares between ranks: pipeline ranks with and without memory layers
+    differ in places where either has nothing."""
+    kept = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {name: value for name, value in kept.items() if value != {}}
 
 
 def _strategy() -> Any:

@@ -2,14 +2,16 @@
 
 megatron-core 0.16 hands other ranks the errors of the processes that write tensors, though not
 their causes: of a full disk torch's writer says "unexpected pos". Errors of what rank 0 alone
-writes (`common.pt`, `.metadata`, `metadata.json`) it raises there, while the other ranks wait. Here
+does (it lists the folder, and writes `common.pt`, `.metadata` and `metadata.json`) it raises there,
+while the other ranks wait. Here
 the former keep their cause, and the latter are kept until all ranks ask for them.
 """
 
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -27,6 +29,7 @@ _MEANINGS = {
     errno.EPERM: "Writing is not permitted there: give this user the permission",
     errno.EFBIG: "Files may not be that large there: raise ulimit -f, or use another file system",
     errno.EIO: "The disk, or the network to it, fails: look at the kernel's log",
+    errno.ENOENT: "The folder is gone: has another program, or somebody, deleted it?",
     errno.ESTALE: "The network file system has lost the folder: mount it again",
 }
 _NOT_OF_DISK = (
@@ -45,6 +48,7 @@ def install() -> None:
         FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
         setattr(FileSystemWriterAsync, checkpoints.WRITERS, staticmethod(write_in_processes))
         checkpoints.install()
+        checkpoints.list_by(_ListedPath)
     for owner, name in checkpoints.written_by_first_rank():
         if not hasattr(getattr(owner, name), "keeps_errors"):
             setattr(owner, name, _kept_for_later(getattr(owner, name)))
@@ -74,6 +78,16 @@ def meaning(text: str) -> str:
 def advice(number: int | None) -> str:
     """What to do about an error of the system, by its number."""
     return _REST if number is None else _MEANINGS.get(number, _REST)
+
+
+class _ListedPath(type(Path())):  # type: ignore[misc]
+    """What megatron-core lists on rank 0 before it writes: a folder that may be gone by then."""
+
+    def iterdir(self) -> Iterator[Path]:
+        try:
+            yield from super().iterdir()
+        except OSError as error:
+            _kept.append(error)
 
 
 def _kept_for_later(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -82,3 +82,21 @@ def test_other_programs_files_of_that_name(pair, content):
         json.dump(content, stream)
     tokenizer = build_tokenizer("ByteLevelTokenizer")
     assert not any("warning" in line for line in summary(pair, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"tokenizer": [1]}, "tokenizer is a list, and must be an object of type, model"),
+        ({"tokenizer": {"vocab_size": "many"}}, "tokenizer is a dict, and must be an object"),
+        ({"tokens": -1}, "tokens is -1, and must be a whole number, 0 or more"),
+        ({"skipped_lines": None}, "skipped_lines is None"),
+        ({"sources": [1]}, "sources is a list, and must be a list of objects"),
+        ({"format": 2}, "format is 2, and must be 1"),
+    ],
+)
+def test_values_of_another_kind_are_refused(pair, content, message):
+    with open(manifest_path(pair), "w") as stream:
+        json.dump(content, stream)
+    with pytest.raises(DataError, match=f"{pair}.json: not a manifest: {message}"):
+        read_manifest(pair)

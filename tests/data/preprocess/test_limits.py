@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -326,3 +327,17 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     small, large = (_peak_bytes(tmp_path, num_bytes) for num_bytes in (2_400_000, 8_800_000))
     assert large - small < 5_000_000
     assert (tmp_path / "8800000_text_document.idx").stat().st_size > 10_000_000
+
+
+def test_workers_that_cannot_be_started(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 12, before[1]))
+    try:
+        assert run(tmp_path, "--workers", "90") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    message = capsys.readouterr().err
+    assert "--workers 90: they cannot be started" in message and "ulimit -n" in message
+    assert list(tmp_path.iterdir()) == []
+    assert run(tmp_path, "--workers", "2") == 0

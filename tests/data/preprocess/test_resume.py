@@ -198,6 +198,31 @@ def test_resume_without_an_interrupted_run_begins(tmp_path, capsys):
     assert (tmp_path / f"{PAIR}.bin").stat().st_mtime_ns > before
 
 
+def test_lines_that_were_skipped_are_not_missed_by_other_flags(
+    tmp_path, monkeypatch, often, capsys
+):
+    source = tmp_path / "in" / "docs.jsonl"
+    source.parent.mkdir()
+    lines = sorted(DOCS.read_bytes().splitlines(keepends=True), key=len, reverse=True)
+    source.write_bytes(b"".join(lines))
+    skip = ("--on-error", "skip", "--max-document-bytes", str(len(lines[1])))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 20, KeyboardInterrupt())
+        assert run(tmp_path, *skip, inputs=[source]) == 1
+    assert run(tmp_path, "--resume", inputs=[source]) == 1
+    message = capsys.readouterr().err
+    assert "has skipped 1 bad lines, and --on-error is stop now" in message
+    assert run(tmp_path, "--resume", *skip, inputs=[source]) == 0
+    assert run(tmp_path, "--resume", *skip, inputs=[source]) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    # A complete output that lacks a line is none for flags that would have it.
+    assert run(tmp_path, "--resume", "--on-error", "skip", inputs=[source]) == 0
+    assert run(tmp_path / "again", inputs=[source]) == 0
+    for suffix in ("bin", "idx", "json"):
+        (one, other) = (folder / f"{PAIR}.{suffix}" for folder in (tmp_path, tmp_path / "again"))
+        assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize("renamed", [0, 1, 2])
 def test_killed_between_two_renames(tmp_path, monkeypatch, often, renamed):
     replace, left = os.replace, [renamed]
@@ -234,3 +259,65 @@ def test_two_runs_at_once(tmp_path):
     for code, error in zip(codes, errors, strict=True):
         assert code == 0 or "is writing this output" in error, error
     assert_complete(tmp_path)
+
+
+def _interrupt(folder: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10, KeyboardInterrupt())
+        assert run(folder) == 1
+
+
+def test_outputs_are_found_beside_the_journal_from_wherever(tmp_path, monkeypatch, often, capsys):
+    """The same output by a path from another folder, or after its folder has moved."""
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _interrupt(Path("one"), monkeypatch)
+    monkeypatch.chdir(tmp_path / "one")
+    with monkeypatch.context() as patch:
+        # Complete but for its names, which the next run gives it.
+        patch.setattr(outputs.PairWriter, "publish", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run(Path("."), "--resume") == 1
+    (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("two"), "--resume") == 0
+    assert_complete(tmp_path / "two")
+
+
+def test_files_under_another_name_are_no_part_of_the_run(tmp_path, monkeypatch, often, capsys):
+    _interrupt(tmp_path, monkeypatch)
+    for path in tmp_path.iterdir():
+        path.rename(path.with_name(path.name.replace("mlm", "new")))
+    flags = ["--input", str(DOCS), "--output-prefix", str(tmp_path / "new"), *TOKENIZER]
+    assert preprocess_data.main([*flags, "--append-eod", "--resume"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "new_text_document.journal: is of" in error and "give the files their names" in error
+
+
+def test_a_changed_digit_of_the_journal_or_a_lost_file_is_refused(
+    tmp_path, monkeypatch, often, capsys
+):
+    _interrupt(tmp_path, monkeypatch)
+    journal = tmp_path / f"{PAIR}.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    changed = lines[-1].replace(b'"records": ', b'"records": 1', 1)
+    for content in (lines[:-1] + [changed], lines[:3] + lines[4:], lines[1:]):
+        journal.write_bytes(b"".join(content))
+        assert run(tmp_path, "--resume") == 1
+        assert f"{journal}: damaged" in capsys.readouterr().err
+    journal.write_bytes(b"".join(lines))
+    (tmp_path / f"{PAIR}.bin.partial").rename(tmp_path / "aside")
+    assert run(tmp_path, "--resume") == 1
+    assert f"{PAIR}.bin.partial: 0 bytes, where" in capsys.readouterr().err
+    (tmp_path / "aside").rename(tmp_path / f"{PAIR}.bin.partial")
+    assert run(tmp_path, "--resume") == 0
+    assert_complete(tmp_path)
+    # A pair that lost a file since is made again.
+    (tmp_path / f"{PAIR}.bin").unlink()
+    assert run(tmp_path, "--resume") == 0
+    assert_complete(tmp_path)
+
+
+def test_a_pipe_in_the_journals_place_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / f"{PAIR}.journal")
+    assert run(tmp_path) == 1
+    assert "no regular file" in capsys.readouterr().err

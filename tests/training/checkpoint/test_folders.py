@@ -71,9 +71,25 @@ def test_crash_at_any_rename_leaves_a_whole_checkpoint(
         folders.publish(tmp_path, iteration)
     monkeypatch.undo()
     assert _newest(tmp_path) in ("previous", "new")
+    is_complete = not folder.exists()
+    assert folders.finish_publishing(tmp_path) in (None, iteration)
+    assert _newest(tmp_path) == ("new" if is_complete else "previous")
+    folders.remove_leftovers(tmp_path)
     _write(tmp_path, iteration, "again")
     assert _newest(tmp_path) == "again"
     assert folders.saved_iterations(tmp_path) == sorted({10, iteration})
+
+
+def test_publication_is_not_finished_after_somebody_went_back(tmp_path: Path):
+    for iteration in (10, 20):
+        _write(tmp_path, iteration)
+    interrupted = tmp_path / f".{folders.TRACKER}.77.tmp"
+    for text, changed, expected in (("20\n", 0, None), ("2", 2**40, None), ("20\n", 2**40, 20)):
+        folders.write_tracker(tmp_path, 10)
+        interrupted.write_text(text)
+        os.utime(interrupted, (changed, changed))
+        assert folders.finish_publishing(tmp_path) == expected
+        assert folders.read_tracker(tmp_path) == (expected or 10)
 
 
 def test_prune_keeps_the_newest_and_those_of_a_longer_run(tmp_path: Path):

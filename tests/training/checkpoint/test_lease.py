@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.runtime import processes
-from megatron_memory.training.checkpoint import lease
+from megatron_memory.training.checkpoint import folders, lease
 from megatron_memory.training.checkpoint.lease import LEASE_FILE, Lease
 
 
@@ -53,7 +54,7 @@ def test_dead_process_and_a_number_used_again(tmp_path: Path, process):
     deadline = time.monotonic() + 10
     while processes.started(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    for pid, started in (living, (os.getppid(), "1"), (2**22 + 5, "1")):
+    for pid, started in (living, (os.getppid(), "1"), (2**22 + 5, "1"), (2**22 + 5, "")):
         _hold(tmp_path, pid=pid, started=started)
         ours = Lease(tmp_path)
         ours.require()
@@ -113,19 +114,68 @@ def test_damaged_file_is_held_by_somebody_until_it_is_silent(content: str, tmp_p
     ours.release()
 
 
-def test_lost_or_deleted_lease_is_noticed_and_not_taken_back(tmp_path: Path):
+def test_lease_that_another_run_took_is_not_taken_back(tmp_path: Path):
     ours = Lease(tmp_path)
-    _hold(tmp_path, pid=1)
+    file = _hold(tmp_path, pid=1)
     with pytest.raises(CheckpointError, match="run other, process 1 .* holds it now"):
         ours.require()
     # It gives no sign of life for the other, either.
-    ours._heart.join(10)
-    assert not ours._heart.is_alive()
+    before = file.stat().st_mtime_ns
+    time.sleep(0.2)
+    assert file.stat().st_mtime_ns == before
     ours.release()
-    assert (tmp_path / LEASE_FILE).exists()
+    assert file.exists()
+
+
+@pytest.mark.parametrize("deleted", ["file", "folder"])
+@pytest.mark.parametrize("saves", [0, 1])
+def test_deleted_lease_is_taken_again(deleted: str, saves: int, tmp_path: Path):
+    root, said = tmp_path / "save", []
+    ours = Lease(root, said.append)
+    if saves:
+        folders.begin(root, 10)
+        folders.publish(root, 10)
+        ours.remember()
+    if deleted == "folder":
+        shutil.rmtree(root)
+    else:
+        (root / LEASE_FILE).unlink()
+    ours.require()
+    assert len(said) == 1 and f"{root / LEASE_FILE} was deleted" in said[0]
+    ours.require()
+    # Another process would find it held, and alive.
+    before = (root / LEASE_FILE).stat().st_mtime_ns
+    time.sleep(0.2)
+    assert (root / LEASE_FILE).stat().st_mtime_ns > before
+    assert json.loads((root / LEASE_FILE).read_text())["run"] == ours.run and len(said) == 1
+    ours.release()
+    assert not (root / LEASE_FILE).exists()
+
+
+@pytest.mark.parametrize("same_iteration", [True, False])
+def test_deleted_lease_is_not_taken_after_another_run_has_saved(
+    same_iteration: bool, tmp_path: Path
+):
+    """That run came while this one was stopped, and has ended since."""
+    folders.write_tracker(tmp_path, 10)
+    ours = Lease(tmp_path)
     (tmp_path / LEASE_FILE).unlink()
-    with pytest.raises(CheckpointError, match="deleted"):
+    folders.write_tracker(tmp_path, 10 if same_iteration else 20)
+    with pytest.raises(CheckpointError, match="another run has saved there since.*--load"):
         ours.require()
+    assert not (tmp_path / LEASE_FILE).exists()
+    ours.release()
+
+
+def test_folder_of_another_file_system_is_not_written_to(tmp_path: Path):
+    """A disk that is no longer mounted leaves the folder it was mounted on."""
+    ours = Lease(tmp_path)
+    ours._device += 1
+    (tmp_path / LEASE_FILE).unlink()
+    with pytest.raises(OSError, match="another file system was there"):
+        ours.require()
+    ours.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_that_find_a_dead_run_one_wins(tmp_path: Path):
@@ -160,3 +210,13 @@ def test_of_many_that_find_a_dead_run_one_wins(tmp_path: Path):
             starter.kill()
             starter.communicate()
     assert answers == ["lost", "lost", "lost", "won"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("nowhere", path)])
+def test_a_pipe_or_a_link_to_nowhere_is_a_file_that_is_silent(make, tmp_path: Path):
+    """It is not waited for without end."""
+    make(tmp_path / LEASE_FILE)
+    ours = Lease(tmp_path)
+    ours.require()
+    ours.release()
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import errno
 import inspect
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -122,6 +123,19 @@ def _limited_files(times: list[int]):
     return _replaced(dist_checkpointing, "save", save)
 
 
+def _deleted_folder(iteration: int):
+    """Somebody deletes --save with all that is in it, while rank 0 is about to write there."""
+    original = dist_checkpointing.save
+
+    def save(state, folder, *args, **kwargs):
+        if torch.distributed.get_rank() == 0 and _is_at(folder, [iteration]):
+            shutil.rmtree(Path(folder).parent)
+        torch.distributed.barrier()
+        return original(state, folder, *args, **kwargs)
+
+    return _replaced(dist_checkpointing, "save", save)
+
+
 def _story(config: Config, fault) -> tuple[str, list[str], list[int], list[str]]:
     """The error, what was said of saves, the checkpoints and whatever else lies in --save."""
     said: list[str] = []
@@ -168,6 +182,7 @@ def _stories(config: Config, root: str) -> dict[str, tuple]:
         "killed": story("killed", _killed_writer([4])),
         "killed async": story("killed_async", _killed_writer([4]), async_save=True),
         "lost": story("lost", _lost_folder(4)),
+        "deleted": story("deleted", _deleted_folder(4)),
         # Three times a save: before its folder, for what rank 0 wrote, and before its name.
         "lease": story("lease", _unreadable_lease([4])),
         "pending": story("pending", _not_a_number_at(3), async_save=True),
@@ -194,6 +209,9 @@ def test_failed_saves_are_said_tried_again_and_end_the_run_at_last(dataset: str,
         newest = "which is the newest cannot be read" if name == "lost" else "the newest is iter"
         assert f"of complete checkpoints {newest}" in said
         assert said.endswith("the next save is retry 1 of 3 (--save-retries)")
+    error, failures, saved, others = first["deleted"]
+    assert (error, len(failures), saved, others) == ("", 1, [6, 8], LEFT)
+    assert "of complete checkpoints there is none yet" in failures[0]
     for name in ("sync", "async"):
         said = first[name][1][0]
         assert "rank 1: " in said and "[Errno 28] No space left on device" in said

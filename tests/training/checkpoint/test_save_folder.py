@@ -70,7 +70,10 @@ def test_going_on_and_empty_folders_need_no_flag(theirs: Path, tmp_path: Path):
 def test_start_anew_moves_all_and_going_back_moves_what_came_after(theirs: Path):
     line = _settle(theirs, theirs, theirs / "iter_0000010")
     first = theirs / "earlier-1"
-    assert line == f"checkpoints of iteration 20 to 30 are of another run: moved to {first}"
+    assert line == (
+        "this run goes on from iteration 10: checkpoints of iteration 20 to 30, which are newer, "
+        f"are moved to {first}. To go on from those instead: --load {first} --save {first}"
+    )
     assert (folders.saved_iterations(theirs), folders.read_tracker(theirs)) == ([10], 10)
     assert (folders.saved_iterations(first), folders.read_tracker(first)) == ([20, 30], 30)
     assert (first / "iter_0000030" / "common.pt").read_text() == "theirs 30"
@@ -85,6 +88,8 @@ def test_leftovers_of_every_run_go_and_nothing_else(theirs: Path):
     for name in ("iter_0000040.incomplete", "iter_0000040.incomplete.a1b2", "mine.incomplete"):
         (theirs / name).mkdir()
     (theirs / f".{folders.TRACKER}.77.tmp").touch()
+    (theirs / f".{folders.CONFIG_FILE}.77.tmp").touch()
+    assert folders.finish_publishing(theirs) is None
     assert folders.remove_leftovers(theirs) == [
         "iter_0000040.incomplete",
         "iter_0000040.incomplete.a1b2",

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron_memory.config import Config, load_config
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.training import trainer
-from megatron_memory.training.checkpoint import folders, rng_state
+from megatron_memory.training.checkpoint import folders, rng_state, saver
 from tests.distributed import run_ranks
 from tests.training.tiny_runs import Run, change, run, runs, tiny_config
 
@@ -83,7 +83,7 @@ def test_keep_last_and_the_saved_configuration(dataset: str, tmp_path: Path):
 CRASHES = {
     "while files are written": (FileSystemWriterAsync, "retrieve_write_results"),
     "before the checkpoint has its name": (folders, "publish"),
-    "before the tracker moves": (folders, "write_tracker"),
+    "before the tracker moves": (folders, "_put_tracker"),
     "while old ones are deleted": (folders.shutil, "rmtree"),
 }
 
@@ -110,11 +110,14 @@ def test_crash_while_saving_leaves_a_checkpoint_to_go_on_from(
         run_ranks(_crash_at, 1, config, moment)
     left = folders.read_tracker(tmp_path / "save")
     assert left == (4 if moment == "while old ones are deleted" else 2)
+    # It has its name, so that it is complete.
+    newest = 4 if moment == "before the tracker moves" else left
     resumed, whole = run_ranks(
         runs, 1, [change(config, "checkpoint", load=str(tmp_path / "save")), _unsaved(config)]
     )[0]
-    assert resumed.losses == whole.losses[left:]
+    assert resumed.losses == whole.losses[newest:]
     assert folders.saved_iterations(tmp_path / "save") == [6]
+    assert not (tmp_path / "save" / "earlier-1").exists()
 
 
 def _unsaved(config: Config) -> Config:
@@ -313,3 +316,9 @@ def _count_saves(config: Config) -> list[int]:
     trainer.CheckpointSaver.save = save
     run(config)
     return saves
+
+
+def test_ranks_with_nothing_in_a_place_are_like_those_without_it():
+    """Else megatron-core warns of every save of a pipeline with a memory."""
+    common = {"iteration": 2, "usage": {}, "optimizer": {0: {"groups": [{}]}, 1: {"state": {}}}}
+    assert saver._without_empty(common) == {"iteration": 2, "optimizer": {0: {"groups": [{}]}}}
