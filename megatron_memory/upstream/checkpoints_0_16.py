@@ -23,6 +23,17 @@ from megatron_memory.upstream.replacing import replaced
 
 SaveStrategy = torch_strategies.TorchDistSaveShardedStrategy
 
+PRIVATE_NAMES = {
+    "megatron.core.dist_checkpointing.serialization": ("Path",),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        "FileSystemWriterAsync.write_preloaded_data_multiproc",
+    ),
+    "megatron.core.dist_checkpointing.strategies.common": (
+        "TorchCommonLoadStrategy.load_common",
+        "TorchCommonSaveStrategy.save_common",
+    ),
+}
+"""As `private_names.NAMES`."""
 WRITERS = "write_preloaded_data_multiproc"
 """Method of the writer that starts a worker for each file."""
 

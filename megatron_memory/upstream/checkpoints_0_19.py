@@ -17,6 +17,14 @@ from megatron_memory.upstream.replacing import replaced
 
 SaveStrategy = torch_strategies.TorchDistSaveShardedStrategy
 
+PRIVATE_NAMES = {
+    "megatron.core.dist_checkpointing.serialization": ("load_common_state_dict", "maybe_msc"),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": (
+        "FileSystemWriterAsync.write_preloaded_data_multithread",
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": ("_logged_mcore_async_deprecation",),
+}
+"""As `private_names.NAMES`."""
 WRITERS = "write_preloaded_data_multithread"
 """Method of the writer that starts a worker for each file."""
 
