@@ -15,6 +15,11 @@ LINES = ("0.16", "0.19")
 """Of megatron-core, as the modules' names end."""
 
 
+def line_of(version: str) -> str:
+    """`0.19.2` -> `0.19`."""
+    return ".".join(version.split(".")[:2])
+
+
 def fitting(name: str) -> ModuleType:
     """The module of that name for the installed megatron-core.
 
@@ -22,7 +27,7 @@ def fitting(name: str) -> ModuleType:
         ConfigurationError: it is of another line.
     """
     version = importlib.metadata.version("megatron-core")
-    line = ".".join(version.split(".")[:2])
+    line = line_of(version)
     if line not in LINES:
         raise ConfigurationError(
             f"megatron-core {version} is not supported: its internals change from version to "
@@ -33,3 +38,5 @@ def fitting(name: str) -> ModuleType:
 
 
 core = fitting("core")
+LINE = line_of(importlib.metadata.version("megatron-core"))
+"""Of the installed version."""
