@@ -34,9 +34,10 @@ NEWEST_TESTS ?= tests/upstream tests/memory/test_golden_module.py tests/memory/t
     tests/training/checkpoint/test_saving.py tests/training/checkpoint/test_resharding.py \
     tests/training/checkpoint/test_optimizer_kinds.py tests/training/checkpoint/test_checksums.py \
     tests/inference/test_generator.py tests/conversion/test_megatron.py
-NEWEST_PYTHON ?= python3.12
-NEWEST_HASH := $(firstword $(shell sha256sum requirements.txt 2>/dev/null))
-NEWEST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron-memory/$(NEWEST_PYTHON)-$(shell echo $(NEWEST_HASH) | cut -c1-16)
+# Of pyenv's, one that is not the chosen one, too.
+NEWEST_PYTHON ?= $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python3; do \
+    if $$python -c 'import ensurepip' 2>/dev/null; then echo $$python; break; fi; done)
+NEWEST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron-memory/newest-$(shell sha256sum requirements.txt | cut -c1-16)
 NEWEST_READY := $(NEWEST)/.ready
 # Processes that share the test files; WORKERS=0 runs them one by one, in this process.
 WORKERS ?= 2
@@ -50,7 +51,7 @@ PIP = env -u PYTHONPATH $(PYTHON) -m pip --disable-pip-version-check
 # The checkout comes first, so that an installation elsewhere is never run by mistake.
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup quickstart test test-newest test-slow test-parallel test-large lint bench gpu doctor clean
+.PHONY: help setup quickstart test test-newest has-newest-python test-slow test-parallel test-large lint bench gpu doctor clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -131,10 +132,13 @@ $(READY): requirements.txt pyproject.toml
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
+has-newest-python:
+	@test -n "$(NEWEST_PYTHON)"
+
 # Of a hash of what it holds: another clone, or a change back, finds it again. torch comes with CUDA
 # there, 5 GB in all. One that was interrupted is made anew.
 $(NEWEST_READY):
-	@$(NEWEST_PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' || { \
+	@$(or $(NEWEST_PYTHON),false) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' || { \
 	    echo "make test-newest: needs Python 3.12 or 3.13; name it: NEWEST_PYTHON=/path/to/python3.12" >&2; exit 1; }
 	rm -rf "$(NEWEST)"
 	$(NEWEST_PYTHON) -m venv "$(NEWEST)"

@@ -27,6 +27,9 @@ from megatron_memory.upstream import fitting
 
 checkpoints = fitting("checkpoints")
 
+_FILES_A_RANK = 2
+"""Each written by a process of its own."""
+
 T = TypeVar("T")
 
 
@@ -284,7 +287,7 @@ def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
 
 def _strategy() -> Any:
     """Data-parallel replicas share the writing."""
-    strategy = checkpoints.SaveStrategy("torch_dist", 1)
+    strategy = checkpoints.SaveStrategy("torch_dist", 1, thread_count=_FILES_A_RANK)
     if data_parallel_group().size() == 1:
         return strategy
     return FullyParallelSaveStrategyWrapper(strategy, data_parallel_group())

@@ -22,13 +22,12 @@ from megatron_memory.training.checkpoint.checksums import (
     write_sums,
 )
 from megatron_memory.training.checkpoint.checksums_together import shares
-from megatron_memory.upstream import LINE
 from tests.distributed import run_ranks
+from tests.lines import COMMON_FILES
 from tests.training.checkpoint.damages import KINDS
 from tests.training.tiny_runs import VOCAB, change, runs, tiny_config
 
 MARKED = {"checksums": True}
-COMMON_FILES = ("common.pt",) if LINE == "0.16" else ()
 
 
 @pytest.fixture
