@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_memory import generate
+from megatron_memory.data.tokenizer_hash import TOKENIZER_HASH, hash_of
+from megatron_memory.data.tokenizers import build_tokenizer
+from megatron_memory.inference import saved_model
 from tests.distributed import run_ranks
 from tests.inference.saved_models import save_model, tiny_config
 
@@ -54,6 +57,23 @@ def test_a_seed_and_an_iteration_reproduce_the_output(run):
     words = ("--prompt", "A dog is", "--max-new-tokens", "6", "--iteration", "5", "--seed")
     outputs = [run(*words, seed)[1].split("\n\n")[1] for seed in ("3", "4", "3")]
     assert outputs[0] == outputs[2] != outputs[1]
+
+
+def test_another_tokenizer_than_the_trainings(run, folder, monkeypatch):
+    """Of the same size, by what the checkpoint says of the training's."""
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(TOKENIZER))
+    words = ("--prompt", "A dog is", "--greedy", "--max-new-tokens", "2")
+    read = saved_model.read_intact_common
+    for hashed, code in ((hash_of(tokenizer), 0), ("0" * 64, 2)):
+        monkeypatch.setattr(
+            saved_model,
+            "read_intact_common",
+            lambda path, hashed=hashed: read(path) | {TOKENIZER_HASH: hashed},
+        )
+        exit_code, out, err = run(*words)
+        assert exit_code == code and ("is not the one that" in err) == (code == 2)
+        exit_code, out, _ = run(*words, "--tokenizer-model", str(TOKENIZER))
+        assert exit_code == 0 and ("is not the one that" in out) == (code == 2)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 from megatron_memory.data.index_files import check_indexed_dataset  # noqa: E402
 from megatron_memory.data.indexed import contents, merge, split  # noqa: E402
 from megatron_memory.data.indexed.format import TOKEN_DTYPES  # noqa: E402
-from megatron_memory.data.indexed.manifest import read_manifest  # noqa: E402
+from megatron_memory.data.indexed.manifest import read_manifest, tokenizer_warning  # noqa: E402
 from megatron_memory.data.preprocess.tokenizer import (  # noqa: E402
     TextTokenizer,
     load_text_tokenizer,
@@ -32,6 +32,7 @@ from megatron_memory.exceptions import USER_ERRORS, ConfigurationError  # noqa: 
 from megatron_memory.output import accept_any_text  # noqa: E402
 
 _NUM_IDS_SHOWN = 12
+_SIZED_BY_FLAG = ("NullTokenizer", "TikTokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,13 +151,20 @@ def _prefixes(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(map(_prefix, names)))
 
 
+def _warn_of_another(tokenizer: TextTokenizer | None, prefix: str) -> None:
+    warning = None if tokenizer is None else tokenizer_warning(prefix, tokenizer.hash)
+    if warning is not None:
+        print(warning, file=sys.stderr)
+
+
 def _vocab_size(
     args: argparse.Namespace, tokenizer: TextTokenizer | None, prefix: str
 ) -> int | None:
+    # Of some types it is a part of the tokenizer.
+    if args.vocab_size is not None and args.tokenizer_type not in _SIZED_BY_FLAG:
+        return args.vocab_size
     if tokenizer is not None:
         return tokenizer.vocab_size
-    if args.vocab_size is not None:
-        return args.vocab_size
     return ((read_manifest(prefix) or {}).get("tokenizer") or {}).get("vocab_size")
 
 
@@ -204,6 +212,7 @@ def _print_manifest(manifest: dict, tokenizer: TextTokenizer | None) -> None:
 def _verify(args: argparse.Namespace) -> None:
     tokenizer = _tokenizer(args)
     for prefix in _prefixes(args.pairs):
+        _warn_of_another(tokenizer, prefix)
         print(contents.verify(prefix, _vocab_size(args, tokenizer, prefix)))
 
 
@@ -213,7 +222,8 @@ def _merge(args: argparse.Namespace) -> None:
         # A training keeps its cache in a folder beside the pair, of the pair's own name.
         is_folder = os.path.isdir(name) and not os.path.isfile(f"{name}.idx")
         prefixes += merge.pairs_in(name) if is_folder else [_prefix(name)]
-    merge.merge(prefixes, _prefix(args.output_prefix), args.dtype)
+    for warning in merge.merge(prefixes, _prefix(args.output_prefix), args.dtype):
+        print(f"warning: {warning}", file=sys.stderr)
     print(check_indexed_dataset(_prefix(args.output_prefix)))
 
 
@@ -239,6 +249,7 @@ def _shares(text: str) -> list[float]:
 def _stats(args: argparse.Namespace) -> None:
     tokenizer = _tokenizer(args)
     for prefix in _prefixes(args.pairs):
+        _warn_of_another(tokenizer, prefix)
         found = contents.statistics(prefix)
         pair = found.pair
         print(pair)

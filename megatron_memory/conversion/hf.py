@@ -49,7 +49,11 @@ from megatron_memory.conversion.hf_stored import with_one_head, without_frequenc
 from megatron_memory.conversion.hf_tokenizer import write_tokenizer
 from megatron_memory.conversion.links import check_links
 from megatron_memory.conversion.rules import Rule, to_ours, to_theirs
-from megatron_memory.conversion.safetensors_files import read_weight_files, write_weight_files
+from megatron_memory.conversion.safetensors_files import (
+    read_weight_files,
+    unread_weights,
+    write_weight_files,
+)
 from megatron_memory.conversion.saved_state import SavedState, Tensors
 from megatron_memory.conversion.shapes import check_shapes
 from megatron_memory.conversion.tokenizer_files import tokenizer_files
@@ -94,6 +98,8 @@ def read_hf(load: Path) -> SavedState:
     settings_notes = _checked_settings(values, load)
     values = _with_defaults(values)
     stored, is_tied, notes = with_one_head(read_weight_files(load), values)
+    if unread := unread_weights(load):
+        notes = [*notes, f"not read, as the weights are in other files: {', '.join(unread)}"]
     config, more = config_of(family, {**values, "tie_word_embeddings": is_tied}, stored, load)
     rules = hf_rules(config)
     stored = without_frequencies(stored, config.model, load)
@@ -233,7 +239,8 @@ def write_hf(
     rules = hf_rules(state.config)
     family = _family(state, model_type)
     weights = state.exact_weights if dtype == torch.float32 else state.weights
-    tensors = {n: t.to(dtype or t.dtype) for n, t in to_theirs(rules, weights, "the model").items()}
+    named = to_theirs(rules, weights, "the model")
+    tensors = {name: tensor.to(dtype or tensor.dtype, name) for name, tensor in named.items()}
     kind = dtype or next(iter(tensors.values())).dtype
     values = config_values(state, model_type, kind, max_shard_bytes)
     tokenizer = write_tokenizer(state, folder, family.model_type)

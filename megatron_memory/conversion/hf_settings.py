@@ -103,7 +103,27 @@ def check_settings(values: Mapping[str, Any], own: frozenset[str] = frozenset())
             f"layer_types {', '.join(others)}: only full_attention is built here, and "
             "sliding_attention up to its window"
         )
+    _check_rope(values)
     return list(_notes(values))
+
+
+def _check_rope(values: Mapping[str, Any]) -> None:
+    """transformers 5 reads rope_parameters, 4 rope_theta and rope_scaling: two models of one
+    folder, where they differ."""
+    both = values.get("rope_parameters") or {}
+    if not isinstance(both, Mapping):
+        return
+    older = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
+    differing = [
+        f"{name} {_shown(value)} and {_shown(both[name])}"
+        for name, value in older.items()
+        if value is not None and name in both and both[name] != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{', '.join(differing)}: rope_parameters says the second, which transformers 5 takes, "
+            "and 4 the first. Remove the one that is not meant"
+        )
 
 
 def _notes(values: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_memory.exceptions import CheckpointError
+
 _BLOCK_BYTES = 256 * 2**20
 
 
@@ -50,12 +52,21 @@ class LazyTensor:
         for begin in range(0, self.num_rows, rows):
             yield begin, min(begin + rows, self.num_rows)
 
-    def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """The same numbers in another type."""
+    def to(self, dtype: torch.dtype, name: str = "a tensor") -> "LazyTensor":
+        """The same numbers in another type, rounded.
+
+        Args:
+            dtype: the type.
+            name: for messages.
+
+        Reading it raises CheckpointError where a number is beyond the type's largest.
+        """
         if dtype == self.dtype:
             return self
         return dataclasses.replace(
-            self, dtype=dtype, read_rows=lambda begin, end: self.read_rows(begin, end).to(dtype)
+            self,
+            dtype=dtype,
+            read_rows=lambda begin, end: _rounded(self.read_rows(begin, end), dtype, name),
         )
 
     def first_rows(self, count: int) -> "LazyTensor":
@@ -75,6 +86,24 @@ class LazyTensor:
             return torch.cat((rows, padding))
 
         return dataclasses.replace(self, shape=(count, *self.shape[1:]), read_rows=read_rows)
+
+
+def _rounded(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = rows.to(dtype)
+    if not (rows.dtype.is_floating_point and dtype.is_floating_point):
+        return rounded
+    largest = torch.finfo(dtype).max
+    if torch.finfo(rows.dtype).max <= largest:
+        return rounded
+    lost = rounded.isinf() & rows.isfinite()
+    if lost.any():
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} has the number {rows[lost][0].item():.6g}, which {kind} cannot hold: its "
+            f"largest is {largest:.6g}. Give --dtype fp32, or correct the number where that is too "
+            "narrow as well"
+        )
+    return rounded
 
 
 def from_memory(tensor: Tensor) -> LazyTensor:

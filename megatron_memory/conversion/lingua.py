@@ -368,7 +368,7 @@ def write_lingua(state: SavedState, folder: Path, dtype: torch.dtype | None = No
     is_exact = dtype == torch.float32 or (dtype is None and bool(state.moments))
     source = state.exact_weights if is_exact else state.weights
     weights = to_theirs(rules, source, "the model")
-    tensors = {_MODEL + n: t.to(dtype or t.dtype) for n, t in weights.items()}
+    tensors = {_MODEL + n: t.to(dtype or t.dtype, n) for n, t in weights.items()}
     objects: dict[str, Any] = {}
     if set(state.moments) == set(_MOMENTS):
         tensors |= _states_of(state, rules)

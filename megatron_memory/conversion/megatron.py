@@ -261,10 +261,12 @@ def _tensors(
         return tensor.with_zero_rows(padded) if name in _PADDED else tensor
 
     dtype = _dtype_of(state, dtype)
-    tensors = {n: pad(n, t.to(dtype)) for n, t in state.exact_weights.items()}
+    tensors = {n: pad(n, t.to(dtype, n)) for n, t in state.exact_weights.items()}
     if state.moments and dtype != torch.float32:
         for name, tensor in state.exact_weights.items():
-            tensors[f"optimizer.state.fp32_param.{name}"] = pad(name, tensor.to(torch.float32))
+            tensors[f"optimizer.state.fp32_param.{name}"] = pad(
+                name, tensor.to(torch.float32, name)
+            )
     for kind, moments in state.moments.items():
         for name, tensor in moments.items():
             tensors[f"optimizer.state.{kind}.{name}"] = pad(name, tensor)

@@ -21,6 +21,9 @@ from megatron_memory.reading.torch_files import load_torch_file
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PLACES = ((_ONE_FILE, _INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+"""Of the weights, one file or an index; the first that is there is read."""
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,10 +45,7 @@ def read_weight_files(folder: Path) -> Tensors:
     Raises:
         CheckpointError: a file is missing, damaged, or holds code.
     """
-    for one_file, index, read in (
-        (_ONE_FILE, _INDEX, read_safetensors),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", read_pickled),
-    ):
+    for (one_file, index), read in zip(_PLACES, (read_safetensors, read_pickled), strict=True):
         if (folder / index).is_file():
             if (folder / one_file).is_file():
                 raise CheckpointError(
@@ -56,6 +56,30 @@ def read_weight_files(folder: Path) -> Tensors:
         if (folder / one_file).is_file():
             return read(folder / one_file)
     raise CheckpointError(f"{folder} holds neither {_ONE_FILE} nor {_INDEX}: no model's weights")
+
+
+def unread_weights(folder: Path) -> list[str]:
+    """Names of the files that `read_weight_files` leaves out, and that hold weights by their names.
+
+    Raises:
+        CheckpointError: one is an adapter, without which the model is another one; or an index is
+            damaged.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    adapters = [name for name in names if name.startswith("adapter_model")]
+    if adapters:
+        raise CheckpointError(
+            f"{folder / adapters[0]} is an adapter (LoRA or such), which transformers adds to the "
+            "model and which is not read here. Merge it into the weights (peft: "
+            "merge_and_unload), or remove it"
+        )
+    read: set[str] = set()
+    for one_file, index in _PLACES:
+        if not read and (folder / index).is_file():
+            read = set(read_weight_map(folder / index).values())
+        elif not read and (folder / one_file).is_file():
+            read = {one_file}
+    return [name for name in names if name not in read]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

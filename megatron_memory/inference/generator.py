@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core.transformer.module import Float16Module
 
+from megatron_memory.data.tokenizer_hash import hash_of
 from megatron_memory.data.tokenizers import (
     check_vocab_size,
     ids_without_token,
@@ -85,6 +86,7 @@ class Generator:
         (model,) = build_model(config, backend, padded)
         self.notes: list[str] = []
         """What is to be said of the checkpoint."""
+        self._check_tokenizer()
         load_weights([model], config, vocab_size, saved.folder, self.notes.append)
         self.num_tokens = min(vocab_size, num_ids(self.tokenizer), saved.vocab_size or vocab_size)
         """Tokens that a prompt may have, and that may be chosen."""
@@ -101,6 +103,22 @@ class Generator:
             stop_tokens=self._stop_tokens(saved.stop_tokens),
             never_chosen=ids_without_token(self.tokenizer),
         )
+
+    def _check_tokenizer(self) -> None:
+        """That it is the training's, where the checkpoint says which that was."""
+        expected = self.saved.tokenizer_hash
+        if expected is None or hash_of(self.tokenizer) == expected:
+            return
+        problem = (
+            f"the tokenizer {self.tokenizer.path} is not the one that {self.saved.folder} was "
+            "trained with: its tokens mean something else"
+        )
+        if not self.saved.tokenizer_is_given:
+            raise CheckpointError(
+                f"{problem}. It has changed since: name a copy of the training's with "
+                "--tokenizer-model, or this one, if you want it all the same"
+            )
+        self.notes.append(f"warning: {problem}")
 
     def _stop_tokens(self, more: Sequence[int]) -> tuple[int, ...]:
         """The end of document first, for the engine writes it where several end a text."""

@@ -13,6 +13,7 @@ from megatron_memory.config import (
 from megatron_memory.config.checks_memory import memory_problems
 from megatron_memory.config.checks_parallel import parallel_problems
 from megatron_memory.config.problems import raise_problems
+from megatron_memory.data.tokenizer_hash import TOKENIZER_HASH
 from megatron_memory.exceptions import CheckpointError, ConfigurationError
 from megatron_memory.inference.options import ModelSource
 from megatron_memory.optional import is_installed
@@ -34,6 +35,11 @@ class SavedModel:
     vocab_size: int | None = None
     """Tokens that the model has rows for, without padding; None where the checkpoint does not say
     it."""
+    tokenizer_hash: str | None = None
+    """Of the training's tokenizer, see `data.tokenizer_hash`; None where the checkpoint does not
+    say it."""
+    tokenizer_is_given: bool = False
+    """Whether the user names the tokenizer for this run."""
     stop_tokens: tuple[int, ...] = ()
     """Ids that end a text besides the tokenizer's end of document, as its settings say."""
 
@@ -72,6 +78,8 @@ def find_saved_model(source: ModelSource, backend: Backend, world_size: int) -> 
         folder=folder,
         config=config,
         vocab_size=common.get("vocab_size"),
+        tokenizer_hash=common.get(TOKENIZER_HASH),
+        tokenizer_is_given=bool(source.tokenizer_type or source.tokenizer_model),
         stop_tokens=() if generation is None else generation.stop_tokens(),
     )
 

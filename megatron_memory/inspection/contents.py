@@ -20,6 +20,7 @@ from megatron_memory.training.checkpoint.checksums import NO_SUMS, check_sums
 from megatron_memory.training.checkpoint.finding import read_common
 from megatron_memory.training.checkpoint.folders import iteration_of
 
+NO_MODEL = "it cannot be read as a model"
 STATE = "optimizer.state."
 MAIN_WEIGHTS = f"{STATE}fp32_param."
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -118,7 +119,7 @@ def open_checkpoint(
     try:
         state = _read(format_name, load)
     except CheckpointError as error:
-        damage.append(f"it cannot be read as a model, hence the files' own names: {error}")
+        damage.append(f"{NO_MODEL}, hence the files' own names: {error}")
         return _by_file(load, format_name, folder, files, damage, notes)
     padded = files.get(_EMBEDDING)
     copies = _copies(state)

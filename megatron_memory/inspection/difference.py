@@ -17,7 +17,7 @@ from megatron_memory.conversion.lazy import LazyTensor
 from megatron_memory.conversion.options import Format
 from megatron_memory.conversion.saved_state import Tensors
 from megatron_memory.exceptions import CheckpointError
-from megatron_memory.inspection.contents import Contents, open_checkpoint
+from megatron_memory.inspection.contents import NO_MODEL, Contents, open_checkpoint
 from megatron_memory.inspection.figures import is_table
 from megatron_memory.training.checkpoint.architecture import decides_model
 
@@ -105,7 +105,8 @@ def compare(
     common = [name for name in ones if name in others]
     shapes = {name: (ones[name].shape, others[name].shape) for name in common}
     types = {name: (ones[name].dtype, others[name].dtype) for name in common}
-    changed, unreadable, num_equal = [], [], 0
+    changed, num_equal = [], 0
+    unreadable = [*_damage(first), *_damage(second)]
     for name in common:
         if shapes[name][0] != shapes[name][1]:
             continue
@@ -128,6 +129,15 @@ def compare(
         num_equal=num_equal,
         unreadable=tuple(unreadable),
     )
+
+
+def _damage(contents: Contents) -> Iterator[str]:
+    """What is wrong with a checkpoint: what cannot be read as a model may be another one, whatever
+    its tensors. Where no config.yaml says which, only the tensors are compared."""
+    says_nothing = contents.format == "megatron" and contents.config is None
+    for problem in contents.damage:
+        if not (says_nothing and problem.startswith(NO_MODEL)):
+            yield f"{contents.folder}: {problem}"
 
 
 def _matching(contents: Contents, glob: str) -> Tensors:

@@ -100,6 +100,7 @@ def _build_trainer(
 ) -> Trainer:
     """`vocab_sizes`: before and after padding."""
     vocab_size, padded = vocab_sizes
+    hashed = hash_of(tokenizer)
     found = find_start(config, vocab_size, console.say)
     loaded = None if found is None else found.folder
     settle_save(config.checkpoint, loaded)
@@ -108,6 +109,12 @@ def _build_trainer(
         check_optimizer_kind(found, config)
         for change in setting_changes(found.saved, config) if found.saved is not None else ():
             console.say(f"changed since {found.folder}: {change}")
+    if found is not None and found.common.get(TOKENIZER_HASH, hashed) != hashed:
+        console.say(
+            f"warning: {found.folder} was trained with another tokenizer than this run's: its "
+            "tokens mean something else. Give the training's --tokenizer-model, if that is not "
+            "meant"
+        )
     datasets = _datasets(config, tokenizer, padded, position)
     for line in datasets.summary:
         console.say(line)
@@ -122,7 +129,7 @@ def _build_trainer(
     saver, rewind = None, None
     if config.checkpoint.save is not None:
         kept = {} if found is None else carried(found.common)
-        kept[TOKENIZER_HASH] = hash_of(tokenizer)
+        kept[TOKENIZER_HASH] = hashed
         saver = CheckpointSaver(setup, vocab_size, lease, console.say, kept)
         start = None if config.checkpoint.finetune else found
         rewind = Rewinder(setup, saver, start, vocab_size, console.say)

@@ -1,6 +1,7 @@
 """The files themselves: blocks, hostile content, damage, full or contested places."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -103,6 +104,18 @@ def test_memory_is_that_of_a_few_blocks(kind: str, tmp_path: Path, monkeypatch):
             assert stored.read_rows(begin, end).shape[0] == end - begin
 
     assert growth(read_blocks) < 48 * MIB
+
+
+@pytest.mark.parametrize(
+    "number, narrow", [(3.4e38, torch.bfloat16), (-1e300, torch.float32), (1e5, torch.float16)]
+)
+def test_a_number_beyond_a_type_is_told(number: float, narrow: torch.dtype):
+    wide = torch.float64 if abs(number) > 1e39 else torch.float32
+    tensor = torch.tensor([1.0, math.inf, -math.inf, math.nan, number], dtype=wide)
+    kept = from_memory(tensor[:4]).to(narrow, "rows").read()
+    assert kept[:3].tolist() == [1.0, math.inf, -math.inf] and bool(kept[3].isnan())
+    with pytest.raises(CheckpointError, match=r"rows has the number .*, which .* cannot hold"):
+        from_memory(tensor).to(narrow, "rows").read()
 
 
 class _Hostile:
@@ -299,6 +312,19 @@ def test_one_file_beside_shards_is_refused(tmp_path: Path):
     shutil.copy(next(tmp_path.glob("*.safetensors")), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds model.safetensors and .*index.json"):
         read_weight_files(tmp_path)
+
+
+def test_weights_beside_those_that_are_read(tmp_path: Path):
+    """An adapter makes another model, with peft; of other files it is said that they are left."""
+    save_hf_model("llama", tmp_path)
+    assert read_checkpoint("hf", tmp_path).notes == ()
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    (note,) = read_checkpoint("hf", tmp_path).notes
+    assert note.startswith("not read") and "consolidated.safetensors, pytorch_model.bin" in note
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is an adapter.*Merge"):
+        read_checkpoint("hf", tmp_path)
 
 
 def test_a_tensor_in_another_shard_than_the_index_says_is_refused(tmp_path: Path):

@@ -206,6 +206,7 @@ def test_every_entry_of_a_configuration_is_accounted_for(tmp_path: Path):
             {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 4]}},
             ("mrope_section",),
         ),
+        ("llama", {"rope_theta": 7.0}, ("rope_theta 7.0 and", "transformers 5 takes")),
         ("llama", {"num_hidden_layers": 3}, ("model.layers.2.", "lacks")),
         ("llama", {"num_hidden_layers": 10**12}, ("--num-layers is 1000000000000", "at most 1024")),
         ("llama", {"hidden_size": "64"}, ("does not describe a model",)),

@@ -15,6 +15,7 @@ from megatron_memory.conversion.lazy import from_memory, made_of
 from megatron_memory.conversion.saved_state import SavedState
 from megatron_memory.inspection import difference as difference_module
 from megatron_memory.inspection.difference import TensorDifference, compare_tensors
+from tests.conversion.states import save_hf_model
 from tests.inspection.saved import changed, save, tiny_state
 from tests.tiny import one_rank  # noqa: F401
 from tools import inspect_checkpoint
@@ -142,3 +143,15 @@ def test_one_that_is_no_model_is_compared_by_names_of_files(folder: Path, tmp_pa
     stored.write_bytes(stored.read_bytes()[:-2000])
     code, found = _diff(capsys, folder, "--diff", tmp_path / "copy")
     assert code == 1 and found["unreadable"]
+
+
+def test_one_whose_configuration_is_of_another_model_is_not_equal(tmp_path, capsys):
+    save_hf_model("llama", tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"vocab_size": values["vocab_size"] - 1}))
+    code, found = _diff(capsys, tmp_path / "one", "--diff", tmp_path / "other")
+    assert code == 1 and found["num_equal"] and not found["changed"]
+    (problem,) = found["unreadable"]
+    assert problem.startswith(f"{tmp_path / 'other'}: it cannot be read as a model")

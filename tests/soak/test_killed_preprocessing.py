@@ -94,11 +94,11 @@ def test_nothing_is_lost_or_written_twice(tmp_path: Path):
     assert run(tmp_path / "expected", inputs=inputs) == 0
     expected = _files(tmp_path / "expected")
     choose, kills, resumed, completed = random.Random(6), 0, 0, 0
-    while kills < KILLS or not completed:
+    while (few := _are_few(kills, resumed)) or not completed:
         process = _start(output, inputs, choose.choice((1, 2, 3)))
-        if kills < KILLS:
+        if few:
             _await_moment(process, output, choose)
-        if process.poll() is None and kills < KILLS:
+        if few and process.poll() is None:
             _kill(process, choose)
             kills += 1
         _, errors = process.communicate(timeout=60)
@@ -113,7 +113,13 @@ def test_nothing_is_lost_or_written_twice(tmp_path: Path):
             killed = process.returncode == -signal.SIGKILL
             assert killed or "was killed by SIGKILL" in errors, errors
     print(f"{kills} kills, {resumed} went on, {completed} times complete")
-    assert resumed >= kills // 3, "hardly any run had something to go on from"
+    assert resumed >= KILLS // 3, "hardly any run had something to go on from"
+
+
+def _are_few(kills: int, resumed: int) -> bool:
+    """Whether more kills are wanted: on a slow machine they may all come before there is something
+    to go on from."""
+    return kills < KILLS or (resumed < KILLS // 3 and kills < 5 * KILLS)
 
 
 def _files(folder: Path) -> dict[str, bytes]:

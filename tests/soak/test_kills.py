@@ -79,6 +79,9 @@ def test_nothing_is_lost(mode: str, dataset: str, tmp_path: Path):
     while kills < KILLS // 2:
         life = start(config, losses)
         resumed += newest > 0
+        if kills and not newest:
+            # One kill before there is a checkpoint is enough; on a slow machine all would be.
+            wait_until(lambda: folders.read_tracker(save) is not None, life)
         if _await_moment(life, save, losses, choose):
             newest = max(newest, folders.read_tracker(save) or 0)
             choose.choice(TARGETS)(life, choose)

@@ -164,6 +164,28 @@ def test_different_tokenizers_are_not_merged(tmp_path, made, capsys):
     assert "tokenizer" not in json.loads((tmp_path / "all.json").read_text())
 
 
+def test_documents_made_otherwise_are_told(tmp_path, made, capsys):
+    other = tmp_path / "other"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(made + suffix, f"{other}{suffix}")
+    manifest = json.loads(Path(f"{made}.json").read_text())
+    Path(f"{other}.json").write_text(json.dumps({**manifest, "append_eod": False}))
+    assert run("merge", "--input", other, made, "--output-prefix", tmp_path / "all") == 0
+    assert f"{made} was made with --append-eod and {other} without" in capsys.readouterr().err
+    assert run("merge", "--input", made, made, "--output-prefix", tmp_path / "alike") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_vocabulary_size_wins_and_another_tokenizer_is_told(made, capsys):
+    assert run("verify", made, "--vocab-size", 4096, *TOKENIZER) == 0
+    assert capsys.readouterr().err == ""
+    assert run("verify", made, "--vocab-size", 300, *TOKENIZER) == 1
+    assert "ids must be from 0 to 299" in capsys.readouterr().err
+    for command in (["stats"], ["verify", "--vocab-size", 4096]):
+        assert run(*command, made, "--tokenizer-type", "ByteLevelTokenizer") == 0
+        assert "was made with another tokenizer" in capsys.readouterr().err
+
+
 def test_inspect(made, capsys):
     assert run("inspect", f"{made}.bin", "--first", 1, *TOKENIZER) == 0
     shown = capsys.readouterr().out

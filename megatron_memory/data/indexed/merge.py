@@ -1,7 +1,7 @@
 """Several pairs into one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,13 @@ from megatron_memory.data.indexed.manifest import FORMAT, read_manifest
 from megatron_memory.data.indexed.streaming import TokenStream, copy_documents, new_pairs
 from megatron_memory.exceptions import DataError
 
+_FLAGS = {
+    "append_eod": "--append-eod",
+    "include_special_tokens": "--tokenizer-hf-include-special-tokens",
+}
 
-def merge(prefixes: Sequence[str], output: str, dtype: str | None = None) -> None:
+
+def merge(prefixes: Sequence[str], output: str, dtype: str | None = None) -> list[str]:
     """Write the documents of several pairs, one pair after the other, as one.
 
     The files are those of Megatron-LM's tools/merge_datasets.py for the same order.
@@ -22,6 +27,9 @@ def merge(prefixes: Sequence[str], output: str, dtype: str | None = None) -> Non
         prefixes: of the pairs to merge.
         output: prefix of the new pair.
         dtype: of its token ids; None for that of the inputs.
+
+    Returns:
+        how the documents of one pair were made otherwise than those of another.
 
     Raises:
         DataError: a pair is damaged, or two do not go together.
@@ -36,6 +44,26 @@ def merge(prefixes: Sequence[str], output: str, dtype: str | None = None) -> Non
                 copy_documents(pair, tokens, 0, pair.num_documents, writer)
         writer.finish()
         writer.publish(_merged_manifest(pairs, manifests, found))
+    return list(_made_otherwise(prefixes, manifests))
+
+
+def _made_otherwise(prefixes: Sequence[str], manifests: Sequence[dict | None]) -> Iterator[str]:
+    for field in ("append_eod", "include_special_tokens"):
+        known = {
+            prefix: manifest[field]
+            for prefix, manifest in zip(prefixes, manifests, strict=True)
+            if manifest is not None and field in manifest
+        }
+        first = next(iter(known), "")
+        for prefix, value in known.items():
+            if value != known[first]:
+                flag = _FLAGS[field]
+                one, other = (first, prefix) if known[first] else (prefix, first)
+                yield (
+                    f"{one} was made with {flag} and {other} without: the documents of the new "
+                    "pair are not alike. Preprocess one of them again if that is not meant"
+                )
+                break
 
 
 def pairs_in(folder: str) -> list[str]:

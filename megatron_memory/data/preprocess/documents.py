@@ -13,6 +13,9 @@ from megatron_memory.data.preprocess.blocks import Block, LineBlock, RowBlock
 NUM_NAMED = 10
 """Bad records of a block of which is said what is wrong; the others are counted."""
 
+# A key of which a letter is an escape: `json.dumps` writes so what is not ASCII.
+_ESCAPED_KEY = re.compile(r'\\[u/][^"\\]*"\s*:')
+
 _scan_json: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 
 
@@ -111,6 +114,9 @@ def _parse_good_lines(block: LineBlock, keys: tuple[str, ...]) -> dict[str, list
         return None
     # A key twice in a line: Python keeps the last and loses the first.
     if any(_times_named(key, text) > len(documents) for key in keys):
+        return None
+    # Spelled otherwise it would not be counted.
+    if _ESCAPED_KEY.search(text):
         return None
     return texts
 

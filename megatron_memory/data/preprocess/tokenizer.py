@@ -20,7 +20,7 @@ from megatron_memory.data.tokenizers import (
     num_ids,
     num_ids_of,
 )
-from megatron_memory.exceptions import DataError
+from megatron_memory.exceptions import ConfigurationError, DataError
 from megatron_memory.reading.documents import LARGEST_JSON, read_bounded
 from megatron_memory.reading.panics import panics_as_errors, without_panics
 from megatron_memory.reading.tokenizer_files import check_tokenizer_files
@@ -77,6 +77,11 @@ def load_text_tokenizer(options: TokenizerOptions) -> TextTokenizer:
     library = check_tokenizer_flags(
         options.tokenizer_type, options.tokenizer_model, options.vocab_size
     )
+    if options.tokenizer_hf_include_special_tokens and library != "huggingface":
+        raise ConfigurationError(
+            "--tokenizer-hf-include-special-tokens: is of HuggingFaceTokenizer, and "
+            f"--tokenizer-type is {options.tokenizer_type}, which adds none. Omit the flag"
+        )
     if library == "huggingface":
         assert options.tokenizer_model is not None, "checked above"
         found = _load_plain_folder(options) or _load_with_transformers(options)

@@ -95,6 +95,28 @@ def test_a_key_twice_is_refused():
     assert "has the key 'text' more than once" in found.problems[0][1]
 
 
+@pytest.mark.parametrize(
+    "key, lines",
+    [
+        ("text", ['{"text": "a", "te\\u0078t": "b"}', '{"text": "c"}']),
+        ("text", ['{"te\\u0078t": "c"}', '{"text": "a", "text": "b"}']),
+        ("téxt", ['{"t\\u00e9xt": "a", "t\\u00e9xt": "b"}', '{"t\\u00e9xt": "c"}']),
+        ("a/b", ['{"a\\/b": "a", "a/b": "b"}', '{"a/b": "c"}']),
+    ],
+)
+def test_a_key_twice_is_refused_in_any_spelling(key, lines):
+    from megatron_memory.data.preprocess.blocks import LineBlock, Position
+    from megatron_memory.data.preprocess.documents import read_documents
+
+    data = "".join(line + "\n" for line in lines).encode()
+    block = LineBlock(first_record=1, num_bytes=len(data), end=Position(), lines=data)
+    found = read_documents(block, (key,))
+    assert found.texts[key] == ["c"]
+    assert [text.split(":")[0] for _, text in found.problems] == [
+        f"has the key {key!r} more than once"
+    ]
+
+
 class _DiesAtDocument30(encoding.DocumentEncoder):
     how: tuple = ()
 

@@ -12,6 +12,7 @@ from megatron_memory.data.preprocess import tokenizer as loading
 from megatron_memory.data.preprocess.options import PreprocessOptions
 from megatron_memory.data.tokenizer_hash import PROBE_TEXTS, hash_of
 from megatron_memory.data.tokenizers import build_tokenizer
+from megatron_memory.exceptions import ConfigurationError
 from tests.data.helpers import GOLDEN
 
 
@@ -20,9 +21,8 @@ def load(folder, **options) -> loading.TextTokenizer:
         PreprocessOptions(
             input=("-",),
             output_prefix="out",
-            tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=str(folder),
-            **options,
+            **{"tokenizer_type": "HuggingFaceTokenizer", **options},
         )
     )
 
@@ -76,6 +76,12 @@ def test_special_tokens_around_a_text(tmp_path):
     assert found.encode(["a"])[0][0] == 0
     assert found.definition is None, "gigatoken would leave the special tokens out"
     assert found.hash == load(folder).hash
+    with pytest.raises(ConfigurationError, match=r"special-tokens: .* ByteLevelTokenizer, which"):
+        load(
+            folder,
+            tokenizer_type="ByteLevelTokenizer",
+            tokenizer_hf_include_special_tokens=True,
+        )
 
 
 def test_a_plain_folder_needs_no_large_library():

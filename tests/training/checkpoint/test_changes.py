@@ -8,6 +8,7 @@ import pytest
 
 from megatron_memory.config import Config
 from megatron_memory.exceptions import CheckpointError
+from megatron_memory.training import program
 from megatron_memory.training.checkpoint.changes import setting_changes
 from megatron_memory.training.checkpoint.data_order import Part, as_plain, order_changes
 from megatron_memory.training.progress import Console
@@ -31,6 +32,13 @@ def _outcomes(configs: list[Config]) -> list[Outcome]:
             said.append(f"ERROR {error}")
         outcomes.append(("\n".join(said), losses))
     return outcomes
+
+
+def _and_with_another_tokenizer(configs: list[Config]) -> list[Outcome]:
+    """The first run once more, by a tokenizer that is another one by its hash."""
+    outcomes = _outcomes(configs)
+    program.hash_of = lambda tokenizer: "0" * 64
+    return outcomes + _outcomes(configs[:1])
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +114,11 @@ def test_with_the_flag_it_goes_on_and_says_so(trained, data: list[str]):
     decay = change(plain, "optimizer", apply_weight_decay_to_all=True)
     fresh = change(sgd, "checkpoint", no_load_optim=True)
     finished = change(plain, "training", train_iters=2)
-    first, second, third, fourth, fifth, sixth = run_ranks(
-        _outcomes, 1, [seeded, other, sgd, decay, fresh, finished]
+    first, second, third, fourth, fifth, sixth, seventh = run_ranks(
+        _and_with_another_tokenizer, 1, [seeded, other, sgd, decay, fresh, finished]
     )[0]
+    assert "was trained with another tokenizer than this run's" in seventh[0] and seventh[1]
+    assert "another tokenizer" not in first[0] + second[0]
     assert "nothing is left to train: --train-iters is 2" in sixth[0] and not sixth[1]
     assert "--allow-changed-data-order: samples may repeat" in first[0] and first[1]
     for line in (
