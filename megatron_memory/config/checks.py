@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from megatron_memory.config.checks_memory import memory_problems
 from megatron_memory.config.checks_parallel import parallel_problems
+from megatron_memory.config.checks_positions import position_problems
 from megatron_memory.config.convert import problem_with
 from megatron_memory.config.flags import all_flags
 from megatron_memory.config.problems import raise_problems
@@ -27,6 +28,7 @@ def check_config(config: Config, world_size: int) -> None:
     raise_problems(
         [
             *_model_problems(config),
+            *position_problems(config),
             *_expert_problems(config),
             *memory_problems(config),
             *parallel_problems(config, world_size),

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 
+from megatron_memory.data.indexed.format import named_twice
 from megatron_memory.exceptions import ConfigurationError
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -104,8 +107,20 @@ def parse_blend(flag: str, values: Sequence[str]) -> Blend:
     """`["a", "b"]` or `["0.3", "a", "0.7", "b"]`, as Megatron reads them.
 
     Raises:
-        ConfigurationError: a weight without a dataset, or one that is not positive.
+        ConfigurationError: a weight without a dataset, one that is not positive, or a dataset named
+            twice.
     """
+    blend = _parsed_blend(flag, values)
+    if (repeated := named_twice(blend.prefixes)) is not None:
+        # They are shuffled alike, so that a sample's copies come close together.
+        raise ConfigurationError(
+            f"{flag}: {repeated} is there more than once, so that each of its samples would be "
+            "read as often. Give each dataset once; weights say how much is read of it"
+        )
+    return blend
+
+
+def _parsed_blend(flag: str, values: Sequence[str]) -> Blend:
     heads = [_as_weight(value) for value in values[::2]]
     if len(values) % 2 or not any(weight is not None for weight in heads):
         if any(_as_weight(value) is not None for value in values):
@@ -141,6 +156,7 @@ def _as_weight(value: str) -> float | None:
 
 
 def _checked_split(split: str | None) -> str:
+    """As megatron-core reads it."""
     if split is None:
         raise ConfigurationError("--data-path needs --split, such as --split 969,30,1")
     parts = [part.strip() for part in split.split(",")]
@@ -151,4 +167,11 @@ def _checked_split(split: str | None) -> str:
             f"--split {split}: up to three numbers, none negative and not all 0, for training, "
             "validation and test, such as --split 969,30,1"
         )
-    return split
+    plain = [_plain_number(part) for part in parts]
+    return split if plain == parts else ", ".join(plain)
+
+
+def _plain_number(text: str) -> str:
+    """megatron-core takes every run of digits and points for a number of its own, so that 1e2 would
+    be 1 and 2."""
+    return text if re.fullmatch(r"[.0-9]+", text) else f"{Decimal(repr(float(text))):f}"

@@ -263,6 +263,21 @@ def test_checkpoints(flag, missing):
             ("--data-path",),
             ("--split 9,1", "--data-path", "leave"),
         ),
+        (
+            "--reset-position-ids --position-embedding-type rope",
+            (),
+            ("--reset-position-ids", "no effect", "rope", "--reset-attention-mask"),
+        ),
+        (
+            "--rotary-base 500",
+            (),
+            ("--rotary-base 500 has no effect", "learned_absolute", "rope, or omit --rotary-base"),
+        ),
+        (
+            "--position-embedding-type rope --rope-scaling-factor 4",
+            (),
+            ("--rope-scaling-factor 4.0 has no effect", "--use-rope-scaling"),
+        ),
         ("--split many", (), ("--split 'many'", "three numbers", "969, 30, 1")),
         ("--split 1,2,3,4", (), ("--split '1,2,3,4'", "three numbers")),
         ("--split 0,0,0", (), ("--split '0,0,0'", "three numbers")),

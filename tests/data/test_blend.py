@@ -51,6 +51,25 @@ def test_ranges_are_those_of_megatron(split):
     )
 
 
+@pytest.mark.parametrize(
+    ("split", "plain"),
+    [("1e2,1", "100,1"), ("98,2e-1", "98,0.2"), ("9_0,+10", "90,10"), ("1E-7,1", "0.0000001,1")],
+)
+def test_numbers_that_megatron_cuts_up(split, plain):
+    found, expected = (data_sources(data_path=["a"], split=text) for text in (split, plain))
+    assert found.ranges() == expected.ranges()
+
+
+@pytest.mark.parametrize(
+    "values", [["a", "b", "./a"], ["0.3", "a", "0.2", "sub/../a"], ["a", "{link}"]]
+)
+def test_a_dataset_is_named_once(values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.bin").symlink_to("a.bin")
+    with pytest.raises(ConfigurationError, match="^--data-path: a is there more than once"):
+        parse_blend("--data-path", [value.format(link=tmp_path / "link") for value in values])
+
+
 @pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "-1,2", "0,0,0", "1,,1", "inf,1"])
 def test_bad_splits(split):
     with pytest.raises(ConfigurationError, match=f"^--split {split}: up to three numbers"):

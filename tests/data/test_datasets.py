@@ -334,7 +334,7 @@ def test_flags_are_checked_before_files():
         build()
 
 
-def _build_on_nodes(folder: str, prefix: str, ranks_per_node: int, shared_disk: bool):
+def _build_on_nodes(folder: str, pairs: list[str], ranks_per_node: int, shared_disk: bool):
     """Each node has its own cache folder, unless the disk is shared."""
     rank = torch.distributed.get_rank()
     os.environ["LOCAL_RANK"] = str(rank % ranks_per_node)
@@ -344,7 +344,7 @@ def _build_on_nodes(folder: str, prefix: str, ranks_per_node: int, shared_disk: 
     cached_datasets._save = lambda path, array: (written.append(path), save(path, array))
     data = build(
         Path(folder) / f"cache{node}",
-        data_path=["0.3", prefix, "0.7", prefix],
+        data_path=["0.3", pairs[0], "0.7", pairs[1]],
         split="80,15,5",
     )
     tokens = torch.stack([data.train[i]["tokens"] for i in range(len(data.train))])
@@ -353,8 +353,8 @@ def _build_on_nodes(folder: str, prefix: str, ranks_per_node: int, shared_disk: 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("shared_disk", "writers"), [(True, [0]), (False, [0, 2])])
-def test_each_node_builds_its_cache_once(tmp_path, pair, shared_disk, writers):
-    results = run_ranks(_build_on_nodes, 4, str(tmp_path), pair, 2, shared_disk)
+def test_each_node_builds_its_cache_once(tmp_path, pair, other, shared_disk, writers):
+    results = run_ranks(_build_on_nodes, 4, str(tmp_path), [pair, other], 2, shared_disk)
     assert [rank for rank, (written, _, _) in enumerate(results) if written] == writers
     assert [bool(summary) for _, summary, _ in results] == [True, False, True, False]
     for _, _, tokens in results:

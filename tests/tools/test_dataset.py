@@ -82,6 +82,21 @@ def test_merge_of_a_folder_is_sorted(tmp_path, pairs):
     assert_equal(str(tmp_path / "all"), merged_by_megatron(sorted(pairs), tmp_path / "expected"))
 
 
+def test_no_documents_are_merged_twice(tmp_path, pairs, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(pairs[0] + suffix, folder / f"a{suffix}")
+        shutil.copy(pairs[1] + suffix, folder / f"b{suffix}")
+    out = ("--output-prefix", tmp_path / "all")
+    assert run("merge", "--input", folder, folder / "b.idx", *out) == 1
+    assert "b: is given more than once" in capsys.readouterr().err
+    assert run("merge", "--input", folder, "--output-prefix", folder / "whole") == 0
+    assert run("merge", "--input", folder, *out) == 1
+    assert "whole: was merged from" in capsys.readouterr().err
+    assert not (tmp_path / "all.bin").exists()
+
+
 def test_a_pair_that_was_trained_on_is_no_folder(tmp_path, pairs):
     """Its cache lies in a folder of its name."""
     for suffix in (".bin", ".idx"):
@@ -330,7 +345,10 @@ def test_merge_needs_no_memory_for_its_files(tmp_path):
     merge.merge([whole], str(tmp_path / "warm"))
     # 120 MB of ids; the indices are mapped and count as memory while they are read.
     index_bytes = 3 * (tmp_path / "large.idx").stat().st_size
-    assert growth(lambda: merge.merge([whole, whole], str(tmp_path / "all"))) < 25e6 + index_bytes
+    again = str(tmp_path / "again")
+    for suffix in (".bin", ".idx"):
+        os.link(whole + suffix, again + suffix)
+    assert growth(lambda: merge.merge([whole, again], str(tmp_path / "all"))) < 25e6 + index_bytes
 
 
 def test_as_a_script():

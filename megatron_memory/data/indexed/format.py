@@ -6,7 +6,9 @@ length (int32), per sequence its byte offset in the `.bin` (int64), then the doc
 counted in sequences, beginning with 0).
 """
 
+import os
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,3 +53,9 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
     """The dtype in which Megatron-LM writes the ids of so many tokens."""
     # Megatron's border, some way below 2^16.
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
+
+
+def named_twice(prefixes: Sequence[str]) -> str | None:
+    """The first prefix whose pair is there again, by whatever name; None if all differ."""
+    files = [os.path.realpath(bin_path(prefix)) for prefix in prefixes]
+    return next((p for p, f in zip(prefixes, files, strict=True) if files.count(f) > 1), None)

@@ -53,6 +53,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "json_key": (_is_text, "a text"),
     "skipped_lines": (_is_count, "a whole number, 0 or more"),
     "sources": (_is_list_of_objects, "a list of objects"),
+    "merged_from": (_is_list_of_objects, "a list of objects"),
     "run": (_is_text, "a text"),
 }
 

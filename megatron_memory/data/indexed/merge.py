@@ -8,6 +8,7 @@ import numpy as np
 
 import megatron_memory
 from megatron_memory.data.index_files import IndexSummary, check_indexed_dataset
+from megatron_memory.data.indexed.format import named_twice
 from megatron_memory.data.indexed.manifest import FORMAT, read_manifest
 from megatron_memory.data.indexed.streaming import TokenStream, copy_documents, new_pairs
 from megatron_memory.exceptions import DataError
@@ -32,10 +33,11 @@ def merge(prefixes: Sequence[str], output: str, dtype: str | None = None) -> lis
         how the documents of one pair were made otherwise than those of another.
 
     Raises:
-        DataError: a pair is damaged, or two do not go together.
+        DataError: a pair is damaged, two do not go together, or documents would be there twice.
     """
     pairs = [check_indexed_dataset(prefix) for prefix in prefixes]
     manifests = [read_manifest(prefix) for prefix in prefixes]
+    _check_each_once(prefixes, manifests)
     found = _common_dtype(pairs) if dtype is None else np.dtype(dtype)
     _check_tokenizers(prefixes, manifests)
     with new_pairs([output], found, prefixes) as (writer,):
@@ -90,6 +92,20 @@ def _common_dtype(pairs: Sequence[IndexSummary]) -> np.dtype:
                 f"{pair.dtype.name}. Say by --dtype what the output is to hold, such as int32"
             )
     return pairs[0].dtype
+
+
+def _check_each_once(prefixes: Sequence[str], manifests: Sequence[dict | None]) -> None:
+    """That no documents are there twice, as far as names and manifests tell."""
+    if (repeated := named_twice(prefixes)) is not None:
+        raise DataError(f"{repeated}: is given more than once. Give each pair once")
+    given = {os.path.abspath(prefix): prefix for prefix in prefixes}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        for part in (manifest or {}).get("merged_from", []):
+            if (again := given.get(os.path.abspath(str(part.get("path"))))) is not None:
+                raise DataError(
+                    f"{prefix}: was merged from {again}, which is given as well, so that its "
+                    "documents would be there twice. Leave one of the two out"
+                )
 
 
 def _check_tokenizers(prefixes: Sequence[str], manifests: Sequence[dict | None]) -> None:

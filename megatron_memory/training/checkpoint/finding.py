@@ -10,6 +10,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_memory.config import Config
+from megatron_memory.data.tokenizers import padded_vocab_size
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.pickles import UnsafeFile
 from megatron_memory.training.checkpoint import folders
@@ -132,6 +133,26 @@ def _vocabulary_notes(
     )
 
 
+def _padding_change(found: Found, config: Config, vocab_size: int) -> str | None:
+    """The softmax of every loss goes over the vocabulary's padding, too, as in Megatron-LM."""
+    here = padded_vocab_size(
+        vocab_size,
+        config.data.make_vocab_size_divisible_by,
+        config.parallel.tensor_model_parallel_size,
+    )
+    there = found.shapes.get("embedding.word_embeddings.weight", (here,))[0]
+    if there == here:
+        return None
+    how = f"{here - there} untrained rows take part" if here > there else "fewer rows take part"
+    return (
+        f"{found.folder} has {there} rows of vocabulary, and here its {vocab_size} tokens are "
+        f"padded to {here} (--make-vocab-size-divisible-by "
+        f"{config.data.make_vocab_size_divisible_by} x --tensor-model-parallel-size "
+        f"{config.parallel.tensor_model_parallel_size}): {how} in every loss, so that losses do "
+        "not compare with its own"
+    )
+
+
 def read_common(folder: Path, metadata: Metadata | None = None) -> dict[str, Any]:
     """A checkpoint's plain values. `metadata`: its list of tensors, where that was read already.
 
@@ -234,6 +255,8 @@ def find_start(config: Config, vocab_size: int, notify: Notify) -> Found | None:
         _require_ours(found, with_optimizer=not checkpoint.no_load_optim)
     for note in found.notes:
         notify(f"{found.folder} was trained with another setting: {note}")
+    if (change := _padding_change(found, config, vocab_size)) is not None:
+        notify(change)
     return found
 
 

@@ -114,12 +114,16 @@ def test_with_the_flag_it_goes_on_and_says_so(trained, data: list[str]):
     decay = change(plain, "optimizer", apply_weight_decay_to_all=True)
     fresh = change(sgd, "checkpoint", no_load_optim=True)
     finished = change(plain, "training", train_iters=2)
+    finished = change(finished, "data", make_vocab_size_divisible_by=100)
     first, second, third, fourth, fifth, sixth, seventh = run_ranks(
         _and_with_another_tokenizer, 1, [seeded, other, sgd, decay, fresh, finished]
     )[0]
     assert "was trained with another tokenizer than this run's" in seventh[0] and seventh[1]
     assert "another tokenizer" not in first[0] + second[0]
     assert "nothing is left to train: --train-iters is 2" in sixth[0] and not sixth[1]
+    assert "its 64 tokens are padded to 100" in sixth[0]
+    assert "36 untrained rows take part in every loss" in sixth[0]
+    assert "padded to" not in first[0] + second[0]
     assert "--allow-changed-data-order: samples may repeat" in first[0] and first[1]
     for line in (
         "--adam-beta1 0.9 there, 0.8 here",
