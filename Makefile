@@ -24,6 +24,21 @@ PYTHON_AT_HAND := $(if $(READY),$(if $(wildcard $(PYTHON)),$(PYTHON),python3),$(
 SECOND_TRITON := $(if $(READY),$(VENV)/second-triton/.ready)
 
 TESTS ?= tests
+
+# What depends on megatron-core's version, under the newest: parity with one rank and with the golden
+# runs, checkpoints, resume and resharding, generation, conversion, context parallelism.
+NEWEST_TESTS ?= tests/upstream tests/memory/test_golden_module.py tests/memory/test_mlp.py tests/model \
+    tests/data/test_datasets.py tests/data/test_blend.py tests/data/test_tokenizers.py \
+    tests/training/test_parity_reference.py tests/training/test_parity_one_rank.py \
+    tests/training/test_pipeline.py tests/training/test_context_parallel.py tests/training/test_resume.py \
+    tests/training/checkpoint/test_saving.py tests/training/checkpoint/test_resharding.py \
+    tests/training/checkpoint/test_optimizer_kinds.py tests/training/checkpoint/test_checksums.py \
+    tests/inference/test_generator.py tests/conversion/test_megatron.py
+# Of pyenv's, one that is not the chosen one, too.
+NEWEST_PYTHON ?= $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python3; do \
+    if $$python -c 'import ensurepip' 2>/dev/null; then echo $$python; break; fi; done)
+NEWEST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron-memory/newest-$(shell sha256sum requirements.txt | cut -c1-16)
+NEWEST_READY := $(NEWEST)/.ready
 # Processes that share the test files; WORKERS=0 runs them one by one, in this process.
 WORKERS ?= 2
 
@@ -36,7 +51,7 @@ PIP = env -u PYTHONPATH $(PYTHON) -m pip --disable-pip-version-check
 # The checkout comes first, so that an installation elsewhere is never run by mistake.
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help setup quickstart test test-slow test-parallel test-large lint bench gpu doctor clean
+.PHONY: help setup quickstart test test-newest has-newest-python test-slow test-parallel test-large lint bench gpu doctor clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +64,9 @@ quickstart: $(READY) ## train a small memory model on real text, resume it, ask 
 
 test: $(READY) $(SECOND_TRITON) ## run the tests; fewer with TESTS=tests/memory, more flags with ARGS="-x -v"
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
+
+test-newest: $(NEWEST_READY) ## the tests that the newest megatron-core concerns, on Python 3.12; its environment is kept in the user's cache
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(NEWEST_TESTS) $(ARGS)
 
 test-slow: $(READY) ## the long trials of tests/soak, of which `make test` runs a tenth: kills, damage, hostile files, 10,000 steps
 	SOAK=1 $(PYTHON) -m pytest tests/soak --durations=0 -s $(ARGS)
@@ -113,6 +131,20 @@ $(READY): requirements.txt pyproject.toml
 	@echo "Installing this checkout: megatron_memory and memory_kernels, editable"
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
+
+has-newest-python:
+	@test -n "$(NEWEST_PYTHON)"
+
+# Of a hash of what it holds: another clone, or a change back, finds it again. torch comes with CUDA
+# there, 5 GB in all. One that was interrupted is made anew.
+$(NEWEST_READY):
+	@$(or $(NEWEST_PYTHON),false) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' || { \
+	    echo "make test-newest: needs Python 3.12 or 3.13; name it: NEWEST_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	rm -rf "$(NEWEST)"
+	$(NEWEST_PYTHON) -m venv "$(NEWEST)"
+	env -u PYTHONPATH $(NEWEST)/bin/python -m pip --disable-pip-version-check install -q "$$(grep '^torch==' requirements.txt)"
+	env -u PYTHONPATH $(NEWEST)/bin/python -m pip --disable-pip-version-check install -q -r requirements.txt
+	@touch "$@"
 
 $(SECOND_TRITON): kernels/benchmarks/compiled/second-triton.txt | $(READY)
 	@echo "Installing a second Triton beside the first: kernels are compiled under both"

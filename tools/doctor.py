@@ -64,13 +64,15 @@ class Requirement:
         return cls(match[1], match[2], match[3] or "")
 
     def applies_here(self) -> bool:
-        """Whether this machine needs it. ValueError: a marker other than the platform's."""
+        """Whether this machine needs it. ValueError: a marker of something else than the platform
+        and Python's version."""
         if not self.marker:
             return True
-        match = re.fullmatch(r"platform_system == [\"'](\w+)[\"']", self.marker)
-        if match is None:
-            raise ValueError(f"{self.name}: unknown marker {self.marker!r}")
-        return platform.system() == match[1]
+        if match := re.fullmatch(r"platform_system == [\"'](\w+)[\"']", self.marker):
+            return platform.system() == match[1]
+        if match := re.fullmatch(r"python_version (<|>=) [\"']([\d.]+)[\"']", self.marker):
+            return _COMPARISONS[match[1]](sys.version_info[:2], _release(match[2]))
+        raise ValueError(f"{self.name}: unknown marker {self.marker!r}")
 
     def accepts(self, version: str) -> bool:
         """Whether the version is in range; a local part such as `+cpu` does not count."""
@@ -118,9 +120,10 @@ def accepted_requirements(pyproject: Path = ROOT / "pyproject.toml") -> list[Req
 
 
 def tested_versions(requirements: Path = ROOT / "requirements.txt") -> dict[str, str]:
-    """The versions that requirements.txt names exactly, by package."""
-    pins = re.findall(r"^([\w-]+)==([\w.]+)", requirements.read_text(), re.MULTILINE)
-    return dict(pins)
+    """The versions that requirements.txt names exactly for this machine, by package."""
+    lines = re.findall(r"^[\w-]+==.*", requirements.read_text(), re.MULTILINE)
+    pins = map(Requirement.parse, lines)
+    return {pin.name: pin.specifier.removeprefix("==") for pin in pins if pin.applies_here()}
 
 
 def installed_version(distribution: str) -> str | None:

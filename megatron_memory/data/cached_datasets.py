@@ -76,8 +76,9 @@ class TokenDataset(GPTDataset):
                 super()._build_document_sample_shuffle_indices,
             )
 
-    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, documents = super()._query_document_sample_shuffle_indices(idx)
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, ...]:
+        # Since 0.19 a third value, the documents' lengths.
+        tokens, documents, *more = super()._query_document_sample_shuffle_indices(idx)
         largest = int(tokens.max())
         if largest >= self.config.padded_vocab_size or tokens.min() < 0:
             raise DataError(
@@ -86,7 +87,7 @@ class TokenDataset(GPTDataset):
                 f"{self.config.padded_vocab_size} entries. The data was made with another "
                 "tokenizer: preprocess it with this run's --tokenizer-model, or raise --vocab-size"
             )
-        return tokens, documents
+        return tokens, documents, *more
 
 
 class CachedBlendedDataset(BlendedDataset):

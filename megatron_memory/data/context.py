@@ -1,7 +1,8 @@
 """The part of each sequence that a context-parallel rank computes."""
 
 import torch
-from megatron.core.utils import get_batch_on_this_cp_rank
+
+from megatron_memory.upstream import core
 
 Batch = dict[str, torch.Tensor]
 
@@ -20,4 +21,4 @@ def share_of_sequences(batch: Batch, context_group: torch.distributed.ProcessGro
     Returns:
         Tensors [sequences, seq_length / CP]; of the mask the rows of this rank's tokens.
     """
-    return get_batch_on_this_cp_rank(dict(batch), context_group)
+    return core.share_of_sequences(dict(batch), context_group)

@@ -17,6 +17,7 @@ from megatron_memory.reading.tokenizer_vocabularies import (
     check_sentencepiece_file,
     check_tiktoken_file,
 )
+from megatron_memory.upstream import core
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
@@ -28,10 +29,10 @@ _LIBRARIES = {
     "Llama2Tokenizer": "sentencepiece",
     "TikTokenizer": "tiktoken",
     "ByteLevelTokenizer": "byte-level",
-    "NullTokenizer": "null",
+    "NullTokenizer": core.NULL_TOKENIZER,
 }
 TOKENIZER_TYPES = tuple(_LIBRARIES)
-_WITHOUT_FILES = ("byte-level", "null")
+_WITHOUT_FILES = ("byte-level", core.NULL_TOKENIZER)
 _MOST_IDS = 2**31
 
 _NUM_BYTES = 256
@@ -79,7 +80,9 @@ def build_tokenizer(
         options = {"use_fast": True, "include_special_tokens": include_special_tokens}
     elif library == "byte-level":
         options = dict(_BYTE_LEVEL_OPTIONS)
-    elif library in ("null", "tiktoken") and vocab_size is not None:
+    elif library == core.NULL_TOKENIZER and vocab_size is not None:
+        options = {"vocab_size": core.null_vocab_size(vocab_size)}
+    elif library == "tiktoken" and vocab_size is not None:
         options = {"vocab_size": vocab_size}
     try:
         if library == "huggingface":
@@ -108,7 +111,7 @@ _EXPECTED_MODEL = {
     "tiktoken": "Give the .json vocabulary (a list of rank, token_bytes, token_str), and with "
     "--vocab-size no more entries than it has",
     "byte-level": "This type reads no file: this installation of megatron-core does not fit",
-    "null": "--vocab-size must be a whole number",
+    core.NULL_TOKENIZER: "--vocab-size must be a whole number",
 }
 
 
@@ -126,9 +129,9 @@ def check_tokenizer_flags(
             f"--tokenizer-type {tokenizer_type}: unknown. Choose one of {', '.join(_LIBRARIES)}"
         )
     library = _LIBRARIES[tokenizer_type]
-    if library == "null" and vocab_size is None:
+    if library == core.NULL_TOKENIZER and vocab_size is None:
         raise ConfigurationError("--tokenizer-type NullTokenizer needs --vocab-size")
-    if library == "null" and vocab_size is not None and not 0 < vocab_size < _MOST_IDS:
+    if library == core.NULL_TOKENIZER and vocab_size is not None and not 0 < vocab_size < _MOST_IDS:
         raise ConfigurationError(
             f"--vocab-size {shown(vocab_size)}: must be above 0 and below {_MOST_IDS}, the "
             "ids that a file of tokens can hold"
@@ -226,7 +229,7 @@ def check_vocab_size(tokenizer: MegatronTokenizerBase, vocab_size: int | None) -
     """
     ids = num_ids(tokenizer)
     # A NullTokenizer's --vocab-size does not count the end of a document, as in Megatron-LM.
-    if vocab_size is None or (tokenizer.library == "null" and ids == vocab_size + 1):
+    if vocab_size is None or (tokenizer.library == core.NULL_TOKENIZER and ids == vocab_size + 1):
         return ids
     if ids > vocab_size:
         raise ConfigurationError(

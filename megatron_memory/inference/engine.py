@@ -7,24 +7,20 @@ bar and seeds torch's own generator. The dynamic engine needs flash-attn and a G
 from collections.abc import Sequence
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.inference_request import InferenceRequest
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
     GPTInferenceWrapper,
-)
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
-    InferenceWrapperConfig,
 )
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.scheduler import Scheduler
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (
     TextGenerationController,
 )
-from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.inference.options import Sampling
+from megatron_memory.upstream import core
 
 _SMALL_TEMPERATURE = 1e-3
 # Its reciprocal is finite in fp32; any smaller one gives the same choice.
@@ -111,18 +107,8 @@ class InferenceEngine:
         return [done[number].generated_tokens.tolist() for number in range(len(prompts))]
 
     def _controller(self, batch_size: int, num_positions: int) -> "_Controller":
-        config = get_model_config(self._model)
-        wrapper = GPTInferenceWrapper(
-            self._model,
-            InferenceWrapperConfig(
-                hidden_size=config.hidden_size,
-                params_dtype=config.params_dtype,
-                inference_batch_times_seqlen_threshold=-1,
-                padded_vocab_size=self._padded_vocab_size,
-                inference_max_requests=batch_size,
-                inference_max_seq_length=num_positions,
-            ),
-            StaticInferenceContext(batch_size, num_positions),
+        wrapper = core.inference_wrapper(
+            self._model, batch_size, num_positions, self._padded_vocab_size
         )
         return _Controller(wrapper, self._stop_tokens, self._vocab_size, self._never_chosen)
 

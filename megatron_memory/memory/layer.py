@@ -74,7 +74,9 @@ class MemoryLayer(MegatronModule):
         config: MemoryTransformerConfig,
         submodules: MemoryLayerSubmodules,
         group: MemoryGroup,
+        **_: object,
     ):
+        """`_`: what megatron-core's layers since 0.18 tell their MLPs."""
         super().__init__(config)
         self.group = group
         self.layer_number = 0

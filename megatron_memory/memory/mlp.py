@@ -32,7 +32,9 @@ class MLPWithMemory(MLP):
         config: MemoryTransformerConfig,
         submodules: MLPWithMemorySubmodules,
         group: MemoryGroup,
+        **_: object,
     ):
+        """`_`: what megatron-core's layers since 0.18 tell their MLPs."""
         super().__init__(
             config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group.tp
         )

@@ -24,7 +24,9 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
+        assert not capturable, "steps are not captured in CUDA graphs"
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self._fused_step = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 

@@ -67,7 +67,15 @@ def test_refuses_requirements_it_would_misread():
     with pytest.raises(ValueError, match="unknown version clause"):
         doctor.Requirement.parse("torch~=2.6").accepts("2.7")
     with pytest.raises(ValueError, match="unknown marker"):
-        doctor.Requirement.parse("torch; python_version < '3.11'").applies_here()
+        doctor.Requirement.parse("torch; sys_platform == 'linux'").applies_here()
+
+
+def test_one_line_of_megatron_core_a_python():
+    below = doctor.Requirement.parse('megatron-core==0.16.1; python_version < "3.12"')
+    above = doctor.Requirement.parse("megatron-core==0.19.2; python_version >= '3.12'")
+    is_new = sys.version_info >= (3, 12)
+    assert (below.applies_here(), above.applies_here()) == (not is_new, is_new)
+    assert doctor.tested_versions()["megatron-core"] == ("0.19.2" if is_new else "0.16.1")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no tomllib to compare with")
@@ -82,7 +90,8 @@ def test_reads_pyproject_as_a_toml_reader_does():
 def test_requirements_and_pyproject_name_the_same_packages():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pinned = [doctor.Requirement.parse(line) for line in lines if line and line[0] != "#"]
-    by_name = {requirement.name: requirement for requirement in pinned}
+    # Of megatron-core there is one for older Pythons and one for newer ones.
+    by_name = {r.name: r for r in sorted(pinned, key=doctor.Requirement.applies_here)}
     accepted = doctor.accepted_requirements()
     assert set(by_name) - {r.name for r in accepted} == {
         *(
@@ -97,7 +106,10 @@ def test_requirements_and_pyproject_name_the_same_packages():
             "pyarrow",
         )
     }
+    assert {(r.name, r.marker) for r in accepted} <= {(r.name, r.marker) for r in pinned}
     for requirement in accepted:
+        if not requirement.applies_here() and by_name[requirement.name].applies_here():
+            continue
         exact = doctor.tested_versions().get(requirement.name)
         if exact is None:
             assert by_name[requirement.name] == requirement

@@ -13,12 +13,12 @@ from megatron_memory.config import Config
 from megatron_memory.data.tokenizers import padded_vocab_size
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.pickles import UnsafeFile
-from megatron_memory.reading.torch_files import load_torch_file
 from megatron_memory.training.checkpoint import folders
 from megatron_memory.training.checkpoint.agreement import ask_first_rank
 from megatron_memory.training.checkpoint.architecture import check_same_architecture, saved_config
 from megatron_memory.training.checkpoint.checksums import NO_SUMS, check_sums
 from megatron_memory.training.checkpoint.checksums_together import compared_meanwhile
+from megatron_memory.training.checkpoint.common_state import read_values
 from megatron_memory.training.checkpoint.integrity import check_whole, tensor_shapes
 from megatron_memory.training.checkpoint.plain_values import check_plain_values
 from megatron_memory.training.checkpoint.shared import check_load_is_alike
@@ -87,7 +87,7 @@ def find_checkpoint(load: Path, config: Config, vocab_size: int) -> Found | None
         return None
     try:
         metadata = check_whole(folder)
-        common = read_common(folder)
+        common = read_common(folder, metadata)
         if config.checkpoint.checksums != "none":
             check_small_files(folder, common)
     except CheckpointError as error:
@@ -153,18 +153,15 @@ def _padding_change(found: Found, config: Config, vocab_size: int) -> str | None
     )
 
 
-def read_common(folder: Path) -> dict[str, Any]:
-    """A checkpoint's plain values.
+def read_common(folder: Path, metadata: Metadata | None = None) -> dict[str, Any]:
+    """A checkpoint's plain values. `metadata`: its list of tensors, where that was read already.
 
     Raises:
         CheckpointError: they are damaged, hold code, or contradict the folder's name.
     """
-    path = folder / "common.pt"
+    common, path = read_values(folder, metadata)
     try:
-        common = load_torch_file(path)
         check_plain_values(common, folders.iteration_of(folder))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except UnsafeFile as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return common
@@ -175,8 +172,7 @@ def _loadable_instead(root: Path) -> str:
     for iteration in reversed(folders.saved_iterations(root)):
         folder = folders.published_folder(root, iteration)
         with contextlib.suppress(CheckpointError):
-            check_whole(folder)
-            check_sums(folder, read_common(folder))
+            check_sums(folder, read_common(folder, check_whole(folder)))
             return f" Complete is iteration {iteration}: --load {folder}"
     return f" There is no complete checkpoint in {root}"
 

@@ -9,10 +9,11 @@ from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.documents import open_regular, read_json
 from megatron_memory.reading.pickles import UnsafeFile
 from megatron_memory.reading.torch_files import check_torch_stream
+from megatron_memory.training.checkpoint.common_state import COMMON_FILE, has_common
 from megatron_memory.training.checkpoint.coverage import check_coverage
 from megatron_memory.training.checkpoint.metadata_file import METADATA_FILE, read_metadata
 
-_CORE_FILES = (METADATA_FILE, "metadata.json", "common.pt")
+_CORE_FILES = (METADATA_FILE, "metadata.json")
 
 
 def check_whole(folder: Path) -> Metadata:
@@ -27,8 +28,12 @@ def check_whole(folder: Path) -> Metadata:
                 f"{folder / name} is missing: the checkpoint was not completed, or is none"
             )
     _check_format(folder / "metadata.json")
-    _check_common(folder / "common.pt")
     metadata = read_metadata(folder)
+    common = folder / COMMON_FILE
+    if not has_common(folder, metadata):
+        raise CheckpointError(f"{common} is missing: the checkpoint was not completed, or is none")
+    if common.is_file():
+        _check_common(common)
     check_stored(folder, metadata)
     return metadata
 

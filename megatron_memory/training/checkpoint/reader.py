@@ -5,16 +5,10 @@ are replaced by what was checked: the list and the plain values by the objects t
 the part of a file that a tensor is in by one that was looked through.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -27,6 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_memory.exceptions import CheckpointError
 from megatron_memory.reading.pickles import UnsafeFile
 from megatron_memory.reading.torch_files import FilePart, TensorInFile, check_torch_stream
+from megatron_memory.upstream import fitting
+
+checkpoints = fitting("checkpoints")
 
 
 def load_state(
@@ -44,39 +41,7 @@ def load_state(
         CheckpointError: a tensor's place holds something else.
         CheckpointException, CheckpointingException, OSError, RuntimeError: from the libraries.
     """
-    return dist_checkpointing.load(wanted, str(folder), _LoadSharded(metadata), _LoadCommon(common))
-
-
-class _LoadCommon(TorchCommonLoadStrategy):
-    def __init__(self, common: dict[str, Any]):
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """The values that were read already; the caller may change its copy."""
-        return copy.deepcopy(self._common)
-
-
-class _LoadSharded(TorchDistLoadShardedStrategy):
-    def __init__(self, metadata: Metadata):
-        super().__init__()
-        self._metadata = metadata
-
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
-        """As megatron-core's own, through our reader."""
-        reader = _CheckedReader(checkpoint_dir, self._metadata)
-        with _reading_by(reader):
-            return super().load(sharded_state_dict, checkpoint_dir)
-
-
-@contextlib.contextmanager
-def _reading_by(reader: FileSystemReader) -> Iterator[None]:
-    """megatron-core 0.16 makes its reader in a function of its own, and asks for none."""
-    original = torch_strategies._get_filesystem_reader
-    torch_strategies._get_filesystem_reader = lambda *_, **__: reader
-    try:
-        yield
-    finally:
-        torch_strategies._get_filesystem_reader = original
+    return checkpoints.load(wanted, folder, _CheckedReader(folder, metadata), common)
 
 
 class _CheckedReader(FileSystemReader):

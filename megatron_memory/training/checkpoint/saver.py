@@ -5,13 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_memory.config import save_config
@@ -26,6 +23,12 @@ from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.state import Position
 from megatron_memory.training.checkpoint.writer_queue import start_writer_queue
 from megatron_memory.training.setup import TrainingSetup, data_parallel_group
+from megatron_memory.upstream import fitting
+
+checkpoints = fitting("checkpoints")
+
+_FILES_A_RANK = 2
+"""Each written by a process of its own."""
 
 T = TypeVar("T")
 
@@ -177,13 +180,12 @@ class CheckpointSaver:
         folder = self._first_rank_writes(
             lambda: folders.begin(self._root, position.iteration, self._run)
         )
-        request = dist_checkpointing.save(
+        request = checkpoints.save(
             self._state(position) | more,
-            str(folder),
+            folder,
             self._strategy,
-            async_sharded_save=True,
-            content_metadata=state.content_metadata(self._setup.config),
-            preprocess_common_before_consistancy_check=_without_empty,
+            state.content_metadata(self._setup.config),
+            _without_empty,
         )
         self._first_rank_writes(writer_errors.raise_kept)
         if self._has_sums:
@@ -283,9 +285,9 @@ def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if value != {}}
 
 
-def _strategy() -> SaveShardedStrategy:
+def _strategy() -> Any:
     """Data-parallel replicas share the writing."""
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+    strategy = checkpoints.SaveStrategy("torch_dist", 1, thread_count=_FILES_A_RANK)
     if data_parallel_group().size() == 1:
         return strategy
     return FullyParallelSaveStrategyWrapper(strategy, data_parallel_group())

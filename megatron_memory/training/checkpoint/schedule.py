@@ -27,24 +27,49 @@ _VALUE_FLAGS = {
     "start_wd": "--memory-value-weight-decay",
     "end_wd": "--memory-value-weight-decay",
 }
+_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 _UPDATE_RULE = ("betas", "eps", "momentum", "dampening", "nesterov")
 
 
-def load_optimizer(setup: TrainingSetup, loaded: dict[str, Any]) -> None:
+def load_optimizer(setup: TrainingSetup, loaded: dict[Any, Any]) -> None:
     """Load the optimizer's state; settings of its groups as the module says.
 
     Raises:
         CheckpointError: a group's schedule differs and no flag says which one counts.
     """
-    settings = setup.config.optimizer
     ours = [{k: v for k, v in g.items() if k != "params"} for g in setup.optimizer.param_groups]
+    saved = {_identity(group): group for group in _saved_groups(loaded)}
+    schedules = []
+    for own in ours:
+        group = saved[_identity(own)]
+        schedules.append(_schedule(setup, own, group))
+        # Since 0.19 megatron-core finds a group by its schedule as well.
+        _take(group, own, tuple(_VALUE_FLAGS))
     setup.optimizer.load_state_dict(loaded)
-    for group, own in zip(setup.optimizer.param_groups, ours, strict=True):
+    for group, own, schedule in zip(setup.optimizer.param_groups, ours, schedules, strict=True):
         _take(group, own, _UPDATE_RULE)
-        if settings.override_opt_param_scheduler:
-            _take(group, own, tuple(_VALUE_FLAGS))
-        elif not settings.use_checkpoint_opt_param_scheduler:
-            _require_equal(group, own, _VALUE_FLAGS if _is_of_values(setup, own) else _FLAGS)
+        group.update(schedule)
+
+
+def _saved_groups(loaded: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The groups of all optimizers, after `fit_groups`."""
+    if "optimizer" in loaded or "param_groups" in loaded:
+        return loaded.get("optimizer", loaded)["param_groups"]
+    return [group for part in loaded.values() for group in _saved_groups(part)]
+
+
+def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a group is, whatever its schedule."""
+    return tuple(group.get(name, group.get(f"pre_{name}")) for name in _IDENTITY)
+
+
+def _schedule(setup: TrainingSetup, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The schedule of a group that counts."""
+    settings = setup.config.optimizer
+    if not (settings.override_opt_param_scheduler or settings.use_checkpoint_opt_param_scheduler):
+        _require_equal(saved, own, _VALUE_FLAGS if _is_of_values(setup, own) else _FLAGS)
+    counts = own if settings.override_opt_param_scheduler else saved
+    return {name: counts[name] for name in _VALUE_FLAGS if name in counts}
 
 
 def _is_of_values(setup: TrainingSetup, group: dict[str, Any]) -> bool:

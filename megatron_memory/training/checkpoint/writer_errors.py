@@ -14,17 +14,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.mapping import StateDict
-from megatron.core.dist_checkpointing.strategies.common import (
-    COMMON_STATE_FNAME,
-    TorchCommonSaveStrategy,
-)
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_memory.training.checkpoint.writer_processes import write_in_processes
+from megatron_memory.upstream import fitting
+
+checkpoints = fitting("checkpoints")
 
 _MEANINGS = {
     errno.ENOSPC: "There is no space left: delete something, or lower --keep-last",
@@ -51,14 +46,10 @@ def install() -> None:
     if not hasattr(FileSystemWriterAsync.write_preloaded_data, "keeps_causes"):
         write = _with_causes(FileSystemWriterAsync.write_preloaded_data)
         FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
-        FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_in_processes)
-        TorchCommonSaveStrategy.save_common = _save_common
-        serialization.Path = _ListedPath  # type: ignore[attr-defined]
-    for owner, name in (
-        (FileSystemWriterAsync, "finish"),
-        (TorchCommonSaveStrategy, "save_common"),
-        (serialization, "save_config"),
-    ):
+        setattr(FileSystemWriterAsync, checkpoints.WRITERS, staticmethod(write_in_processes))
+        checkpoints.install()
+        checkpoints.list_by(_ListedPath)
+    for owner, name in checkpoints.written_by_first_rank():
         if not hasattr(getattr(owner, name), "keeps_errors"):
             setattr(owner, name, _kept_for_later(getattr(owner, name)))
 
@@ -87,15 +78,6 @@ def meaning(text: str) -> str:
 def advice(number: int | None) -> str:
     """What to do about an error of the system, by its number."""
     return _REST if number is None else _MEANINGS.get(number, _REST)
-
-
-def _save_common(
-    self: TorchCommonSaveStrategy, common_state_dict: StateDict, checkpoint_dir: str | Path
-) -> None:
-    """As megatron-core's, through a file of Python's: torch's own tells no cause."""
-    if dist.get_rank() == 0:
-        with open(Path(checkpoint_dir) / COMMON_STATE_FNAME, "wb") as file:
-            torch.save(common_state_dict, file)
 
 
 class _ListedPath(type(Path())):  # type: ignore[misc]

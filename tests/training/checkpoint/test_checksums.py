@@ -23,6 +23,7 @@ from megatron_memory.training.checkpoint.checksums import (
 )
 from megatron_memory.training.checkpoint.checksums_together import shares
 from tests.distributed import run_ranks
+from tests.lines import COMMON_FILES
 from tests.training.checkpoint.damages import KINDS
 from tests.training.tiny_runs import VOCAB, change, runs, tiny_config
 
@@ -212,7 +213,7 @@ def test_a_flip_in_each_file_is_named_on_all_ranks(async_save: bool, dataset: st
     ranks = run_ranks(_save_damage_and_load, 2, config, str(tmp_path))
     newest = tmp_path / "iter_0000004"
     files = {path.name for path in newest.iterdir()}
-    assert {"common.pt", ".metadata", "config.yaml", "metadata.json", SUMS_FILE} < files
+    assert {*COMMON_FILES, ".metadata", "config.yaml", "metadata.json", SUMS_FILE} < files
     assert not any("integrity_of_rank" in name for name in files)
     for heard in ranks:
         assert heard["whole"][:2] == (None, [])
@@ -236,7 +237,7 @@ def test_writers_sum_what_they_write(dataset: str, tmp_path: Path, monkeypatch):
     """Rank 0 reads the small files alone, so that publishing costs the same for any model."""
     config = tiny_config(dataset, checkpoint={"save": str(tmp_path), "save_interval": 1})
     (summed,) = run_ranks(_names_summed_at_publishing, 1, change(config, "training", train_iters=1))
-    assert summed == {".metadata", "common.pt", "config.yaml", "metadata.json"}
+    assert summed == {".metadata", *COMMON_FILES, "config.yaml", "metadata.json"}
     assert folders.read_tracker(tmp_path) == 1
 
 

@@ -17,6 +17,7 @@ from megatron_memory.training.checkpoint.integrity import check_whole
 from megatron_memory.training.checkpoint.metadata_file import read_metadata
 from megatron_memory.training.checkpoint.reader import _CheckedReader
 from tests.distributed import run_ranks
+from tests.lines import COMMON_FILES
 from tests.training.tiny_runs import VOCAB, change, runs, tiny_config
 
 
@@ -57,7 +58,7 @@ def test_whole_checkpoint_is_found(checkpoints):
 
 
 @pytest.mark.parametrize(
-    "name", [".metadata", "common.pt", "metadata.json", "__0_0.distcp", "__0_1.distcp"]
+    "name", [".metadata", *COMMON_FILES, "metadata.json", "__0_0.distcp", "__0_1.distcp"]
 )
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "last byte"])
 def test_damaged_checkpoint_names_the_file_and_an_older_one(name: str, damage: str, checkpoints):
@@ -78,7 +79,7 @@ def test_damaged_checkpoint_names_the_file_and_an_older_one(name: str, damage: s
 def test_all_damaged(checkpoints):
     config, folder = checkpoints
     for iteration in ("iter_0000002", "iter_0000004"):
-        (folder / iteration / "common.pt").unlink()
+        (folder / iteration / "metadata.json").unlink()
     with pytest.raises(CheckpointError, match="There is no complete checkpoint"):
         find_checkpoint(folder, config, VOCAB)
 

@@ -23,6 +23,7 @@ from megatron_memory.training.checkpoint import folders, writer_errors
 from megatron_memory.training.checkpoint.lease import Lease
 from megatron_memory.training.checkpoint.writer_processes import write_in_processes
 from tests.distributed import run_ranks
+from tests.lines import COMMON_FILES
 from tests.training.tiny_runs import change, run, tiny_config
 
 
@@ -109,7 +110,8 @@ def _raises(owner: object, name: str, number: int, times: list[int]):
 
 
 def _limited_files(times: list[int]):
-    """Rank 0 may only write small files, which `common.pt` is too large for."""
+    """Rank 0 may only write small files, which plain values in a file of their own are too large
+    for."""
     original, limits = dist_checkpointing.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(state, folder, *args, **kwargs):
@@ -176,7 +178,7 @@ def _stories(config: Config, root: str) -> dict[str, tuple]:
         "no retry": story("no", _full_disk([4]), async_save=True, save_retries=0),
         "retries used up": story("used", _full_disk([4, 6]), save_retries=1),
         "the last": story("last", _full_disk([8])),
-        "common": story("common", _limited_files([4])),
+        **{name: story("common", _limited_files([4])) for name in COMMON_FILES},
         "metadata": story("meta", _raises(FileSystemWriterAsync, "finish", errno.EDQUOT, [4])),
         "format": story("format", _raises(serialization, "save_config", errno.EROFS, [4])),
         "killed": story("killed", _killed_writer([4])),
@@ -197,7 +199,7 @@ def test_failed_saves_are_said_tried_again_and_end_the_run_at_last(dataset: str,
     config = change(config, "training", train_iters=8)
     first, second = run_ranks(_stories, 2, config, str(tmp_path))
     assert first == second
-    listed = ("sync", "async", "common", "metadata", "format", "killed", "killed async")
+    listed = ("sync", "async", *COMMON_FILES, "metadata", "format", "killed", "killed async")
     for name in (*listed, "lost", "lease"):
         error, failures, saved, others = first[name]
         assert error == "" and others == LEFT, (name, error, others)
@@ -220,7 +222,8 @@ def test_failed_saves_are_said_tried_again_and_end_the_run_at_last(dataset: str,
         assert "was ended by signal 9. No disk says so" in first[name][1][0]
     for name in ("lost", "lease"):
         assert "The network file system has lost the folder" in first[name][1][0]
-    assert "Files may not be that large there" in first["common"][1][0]
+    for name in COMMON_FILES:
+        assert "Files may not be that large there" in first[name][1][0]
     assert "The quota is used up" in first["metadata"][1][0]
     assert "The file system can only be read" in first["format"][1][0]
 
@@ -250,7 +253,7 @@ def test_exit_code_of_its_own(capsys: pytest.CaptureFixture):
 def test_megatron_cores_writer_has_what_is_fitted():
     writer_errors.install()
     assert FileSystemWriterAsync.write_preloaded_data.keeps_causes
-    assert FileSystemWriterAsync.write_preloaded_data_multiproc is write_in_processes
+    assert getattr(FileSystemWriterAsync, writer_errors.checkpoints.WRITERS) is write_in_processes
     taken = inspect.signature(FileSystemWriterAsync.write_preloaded_data.__wrapped__).parameters
     assert list(taken)[:6] == [
         "transform_list",
