@@ -37,7 +37,7 @@ NEWEST_TESTS ?= tests/upstream tests/memory/test_golden_module.py tests/memory/t
 # Of pyenv's, one that is not the chosen one, too.
 NEWEST_PYTHON ?= $(shell for python in python3.12 python3.13 $(HOME)/.pyenv/versions/3.1[23].*/bin/python3; do \
     if $$python -c 'import ensurepip' 2>/dev/null; then echo $$python; break; fi; done)
-NEWEST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron-memory/newest-$(shell sha256sum requirements.txt | cut -c1-16)
+NEWEST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron-memory/newest-$(shell cksum requirements.txt | cut -d" " -f1)
 NEWEST_READY := $(NEWEST)/.ready
 # Processes that share the test files; WORKERS=0 runs them one by one, in this process.
 WORKERS ?= 2
