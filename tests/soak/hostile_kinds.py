@@ -193,8 +193,8 @@ def _read_manifest(folder: Path) -> None:
     assert read_manifest(prefix) == json.loads((folder / f"{PAIR}.json").read_bytes())
     for argv in (
         ["inspect", prefix],
-        ["merge", "--input", prefix, prefix, "--output-prefix", str(folder / "both")],
         ["split", prefix, "--documents", "7", "--outputs", f"{folder}/one", f"{folder}/two"],
+        ["merge", "--input", prefix, f"{folder}/one", "--output-prefix", str(folder / "both")],
         ["verify", prefix, str(folder / "both"), str(folder / "one")],
     ):
         command = dataset._parser().parse_args(argv)

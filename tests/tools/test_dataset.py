@@ -187,7 +187,8 @@ def test_documents_made_otherwise_are_told(tmp_path, made, capsys):
     Path(f"{other}.json").write_text(json.dumps({**manifest, "append_eod": False}))
     assert run("merge", "--input", other, made, "--output-prefix", tmp_path / "all") == 0
     assert f"{made} was made with --append-eod and {other} without" in capsys.readouterr().err
-    assert run("merge", "--input", made, made, "--output-prefix", tmp_path / "alike") == 0
+    Path(f"{other}.json").write_text(json.dumps(manifest))
+    assert run("merge", "--input", other, made, "--output-prefix", tmp_path / "alike") == 0
     assert "warning" not in capsys.readouterr().err
 
 
