@@ -15,28 +15,36 @@ LINES = ("0.16", "0.19")
 """Of megatron-core, as the modules' names end."""
 
 
-def line_of(version: str) -> str:
-    """`0.19.2` -> `0.19`."""
-    return ".".join(version.split(".")[:2])
-
-
-def fitting(name: str) -> ModuleType:
-    """The module of that name for the installed megatron-core.
+def installed_line() -> str:
+    """Of 0.19.2: `0.19`.
 
     Raises:
-        ConfigurationError: it is of another line.
+        ConfigurationError: megatron-core is missing, or of another line.
     """
-    version = importlib.metadata.version("megatron-core")
-    line = line_of(version)
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigurationError(
+            "megatron-core is not installed: run `make setup`, or use the environment that it made"
+        ) from None
+    line = ".".join(version.split(".")[:2])
     if line not in LINES:
         raise ConfigurationError(
             f"megatron-core {version} is not supported: its internals change from version to "
             f"version, and {' and '.join(LINES)} are known here. `make setup` installs the one "
             "that fits this Python"
         )
-    return import_module(f"{__name__}.{name}_{line.replace('.', '_')}")
+    return line
+
+
+def fitting(name: str) -> ModuleType:
+    """The module of that name for the installed megatron-core.
+
+    Raises:
+        ConfigurationError: see `installed_line`.
+    """
+    return import_module(f"{__name__}.{name}_{installed_line().replace('.', '_')}")
 
 
 core = fitting("core")
-LINE = line_of(importlib.metadata.version("megatron-core"))
-"""Of the installed version."""
+LINE = installed_line()

@@ -32,6 +32,15 @@ def test_another_line_is_refused_by_its_version(monkeypatch):
         upstream.fitting("core")
 
 
+def test_without_it_the_way_to_install_it_is_said(monkeypatch):
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ConfigurationError, match="megatron-core is not installed: .*make setup"):
+        upstream.fitting("core")
+
+
 @pytest.mark.parametrize("name", ["core", "checkpoints"])
 def test_both_lines_have_the_same_names(name: str):
     """Read as text: of the checkpoints' modules only one can be imported."""
